@@ -1,0 +1,244 @@
+"""DeiT's `build_dataset` for CIFAR-10, CIFAR-100, Oxford Flowers-102 and Oxford-IIIT Pets."""
+
+import contextlib
+import functools
+import json
+import os
+import pickle
+import warnings
+
+import numpy as np
+import torch
+import torchvision
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from torchvision import transforms
+from torchvision.datasets.utils import check_integrity
+
+from oxford_flowers_dataset import Flowers, Resource, download_missing, exclusive, one_line
+from oxford_pets_dataset import Pets
+
+# All that pickled arrays need, under the names that old and new NumPy give it.
+ARRAY_GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+}
+
+
+# Stands in a CIFAR folder that was checked, so that each process need not do it again.
+MARKER = ".checked"
+
+
+class ToNormalizedTensor:
+    """An RGB PIL image as a normalised float tensor.
+
+    The values are bit for bit those of torchvision's ToTensor and then Normalize, in less time.
+    """
+
+    def __init__(self, mean, std):
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+
+    def __call__(self, image):
+        # Pillow packs "RGB;L" line by line: the reds of a line, its greens, its blues.
+        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
+        planes = lines.reshape(image.height, 3, image.width).transpose(1, 0, 2).copy()
+        return torch.from_numpy(planes).float().div_(255).sub_(self.mean).div_(self.std)
+
+    def __repr__(self):
+        return f"ToNormalizedTensor(mean={self.mean.tolist()}, std={self.std.tolist()})"
+
+
+def build_transform(is_train, args):
+    """MoCo v3's transforms for fine-tuning, with DeiT's random erasing if `args.reprob` is set.
+
+    Both resize with torchvision's default, bilinear.
+    """
+    to_tensor = ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if not is_train:
+        resize = transforms.Resize(int(256 / 224 * args.input_size))
+        return transforms.Compose([resize, transforms.CenterCrop(args.input_size), to_tensor])
+    steps = [
+        transforms.RandomResizedCrop((args.input_size, args.input_size), scale=(0.05, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        to_tensor,
+    ]
+    if getattr(args, "reprob", 0) > 0:
+        mode, count = getattr(args, "remode", "pixel"), getattr(args, "recount", 1)
+        steps.append(RandomErasing(args.reprob, mode=mode, max_count=count, device="cpu"))
+    return transforms.Compose(steps)
+
+
+class CheckedCIFAR:
+    """Makes torchvision's CIFAR classes safe to build in many processes at once.
+
+    An absent folder is downloaded, and checksums are taken, by one process while the others
+    wait. It is downloaded whatever `download` says, which is there because the other data sets'
+    classes take it. Files other than the official ones are used, with a warning, if they hold the arrays
+    they should and nothing else. Raises FileNotFoundError for a missing file, ValueError for a
+    broken one and OSError for a failed download, each in one line.
+    """
+
+    def __init__(self, root, train=True, transform=None, target_transform=None, download=True):
+        root = os.path.expanduser(os.fspath(root))
+        archive = Resource(self.filename, self.tgz_md5, self.base_folder)
+        download_missing(root, self.url[: -len(self.filename)], [archive])
+        unofficial = _unofficial_files(type(self), root)
+        # Checked above; without an md5, torchvision only looks whether a file is there.
+        self.train_list = [(name, None) for name, _ in self.train_list]
+        self.test_list = [(name, None) for name, _ in self.test_list]
+        self.meta = dict(self.meta, md5=None)
+        super().__init__(root, train, transform, target_transform)
+        if unofficial:
+            split, official = ("training", 50000) if train else ("test", 10000)
+            warnings.warn(
+                f"{os.path.join(root, self.base_folder)} has {len(self)} {split} images, the "
+                f"official set {official}; not the official files (md5): {', '.join(unofficial)}",
+                stacklevel=2,
+            )
+
+
+class CIFAR10(CheckedCIFAR, torchvision.datasets.CIFAR10):
+    """`CIFAR-10 <https://www.cs.toronto.edu/~kriz/cifar.html>`_: 50000 and 10000 images.
+
+    Items are a 32 x 32 RGB PIL image, or what `transform` makes of it, and a label, 0 to 9.
+    """
+
+    CLASSES = 10
+
+
+class CIFAR100(CheckedCIFAR, torchvision.datasets.CIFAR100):
+    """`CIFAR-100 <https://www.cs.toronto.edu/~kriz/cifar.html>`_: 50000 and 10000 images.
+
+    Items are a 32 x 32 RGB PIL image, or what `transform` makes of it, and a label, 0 to 99.
+    """
+
+    CLASSES = 100
+
+
+def _unofficial_files(cifar, root):
+    """Names of the files whose md5 is not the official one; an earlier check left a marker."""
+    folder = os.path.join(root, cifar.base_folder)
+    stamps = tuple(_stamps(cifar, folder))
+    unofficial = _read_marker(folder, stamps)
+    if unofficial is None:
+        with contextlib.ExitStack() as stack:
+            # Where nothing can be written, each process checks for itself.
+            with contextlib.suppress(OSError):
+                stack.enter_context(exclusive(root))
+            unofficial = _read_marker(folder, stamps)
+            if unofficial is None:
+                unofficial = _check_files(cifar, folder, stamps)
+                _write_marker(folder, stamps, unofficial)
+    return unofficial
+
+
+def _stamps(cifar, folder):
+    """What tells each file as the one that was checked. Nobody can choose a file's ctime."""
+    meta = (cifar.meta["filename"], cifar.meta["md5"])
+    for name, md5 in [*cifar.train_list, *cifar.test_list, meta]:
+        path = os.path.join(folder, name)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                f"{path} is missing; add it, or delete {folder} to have it downloaded anew"
+            ) from None
+        yield name, md5, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read_marker(folder, stamps):
+    """The outcome of an earlier check, or None if there was none of these very files."""
+    try:
+        with open(os.path.join(folder, MARKER)) as file:
+            marker = json.load(file)
+        same = marker["files"] == [list(stamp) for stamp in stamps]
+        return marker["unofficial"] if same else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write_marker(folder, stamps, unofficial):
+    marker = os.path.join(folder, MARKER)
+    with contextlib.suppress(OSError):
+        with open(marker + ".part", "w") as file:
+            json.dump({"files": stamps, "unofficial": unofficial}, file)
+        os.replace(marker + ".part", marker)
+
+
+@functools.lru_cache(maxsize=None)
+def _check_files(cifar, folder, stamps):
+    """Names of the files that are not the official ones, once their contents are known good."""
+    checksums = {name: md5 for name, md5, *_ in stamps}
+    unofficial = []
+    for name, md5 in checksums.items():
+        path = os.path.join(folder, name)
+        if check_integrity(path, md5):
+            continue
+        try:
+            _check_contents(cifar, name, _read_arrays(path))
+        except Exception as error:  # a broken pickle raises all sorts
+            raise ValueError(
+                f"{path} is no file of {cifar.__name__}: {one_line(error)}; mend it, or delete "
+                f"{folder} to have it downloaded anew"
+            ) from error
+        unofficial.append(name)
+    return unofficial
+
+
+def _read_arrays(path):
+    """Unpickle a file of unknown origin, which might otherwise run code of its own."""
+    with open(path, "rb") as file:
+        return ArrayUnpickler(file, encoding="latin1").load()
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain values; refuses all else."""
+
+    def find_class(self, module, name):
+        if (module, name) not in ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_contents(cifar, name, contents):
+    if name == cifar.meta["filename"]:
+        classes = contents[cifar.meta["key"]]
+        if type(classes) is not list or not all(type(name) is str for name in classes):
+            raise ValueError(f"{cifar.meta['key']!r} must be a list of names")
+        return
+    images = contents["data"]
+    labels = contents["labels" if "labels" in contents else "fine_labels"]
+    if type(images) is not np.ndarray or images.dtype != np.uint8 or images.shape[1:] != (3072,):
+        raise ValueError("'data' must be a uint8 array of shape (N, 3072)")
+    if type(labels) is not list or len(labels) != len(images):
+        raise ValueError(f"labels must be a list of {len(images)}, as there are images")
+    if not all(type(label) is int and 0 <= label < cifar.CLASSES for label in labels):
+        raise ValueError(f"labels must be whole numbers from 0 to {cifar.CLASSES - 1}")
+
+
+# Name of a data set: its class and its number of classes.
+DATA_SETS = {
+    "cifar10": (CIFAR10, 10),
+    "cifar100": (CIFAR100, 100),
+    "flowers": (Flowers, 102),
+    "pets": (Pets, 37),
+}
+
+
+def build_dataset(is_train, args):
+    """The data set `args.data_set` at `args.data_path`, and its number of classes."""
+    if args.data_set not in DATA_SETS:
+        raise NotImplementedError(
+            f"--data-set {args.data_set}: the choice is {', '.join(DATA_SETS)}; for ImageNet use "
+            f"DeiT's own datasets.py, in an untouched checkout"
+        )
+    dataset_class, number_of_classes = DATA_SETS[args.data_set]
+    dataset = dataset_class(
+        args.data_path,
+        train=is_train,
+        transform=build_transform(is_train, args),
+        download=getattr(args, "download", False),
+    )
+    return dataset, number_of_classes

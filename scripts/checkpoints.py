@@ -1,0 +1,109 @@
+"""The files of a run in ``--output_dir``: written whole or not at all, and read to continue.
+
+``checkpoint.pth`` is the run's word: whatever it does not hold has not happened, so ``log.txt`` is
+cut back to it. It is written after the epoch's line in ``log.txt``, so none can be missing.
+"""
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import weights
+from failures import Refusal
+
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt")
+
+
+def write_whole(path, write):
+    """Call ``write(file)`` on a file beside ``path``, flush it to disk, then take its name.
+
+    Raises Refusal if that fails; what was at ``path`` is still there then.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise Refusal(f"cannot write {path} ({reason}); the last whole one is kept") from error
+    finally:
+        if aside.exists():
+            aside.unlink()
+
+
+class RunFolder:
+    """``--output_dir`` of one run. Only the first process writes."""
+
+    def __init__(self, folder, writes):
+        self.path = Path(folder) if folder else None
+        self.writes = writes and self.path is not None
+        self._lock = None
+
+    def claim(self, overwrite):
+        """Make the folder, lock it until this process ends, and clear what a crash left behind.
+
+        Raises Refusal if it cannot be written or another process holds it.
+        """
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A lock of fcntl dies with this process and is not inherited by its data workers.
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"--output_dir {self.path} is being written by another run: wait for "
+                          "it, stop it, or choose another folder") from None
+        except OSError as error:
+            raise Refusal(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+        for left_over in self.path.glob(".*.tmp"):
+            left_over.unlink()
+        if overwrite:
+            for name in RUN_FILES:
+                if (self.path / name).exists():
+                    (self.path / name).unlink()
+
+    def previous(self):
+        """The checkpoint to continue from, or None. Raises Refusal if it is damaged."""
+        path = self.path / "checkpoint.pth" if self.path else None
+        if path is None or not path.exists():
+            return None
+        try:
+            return weights.read(str(path))
+        except Refusal as refusal:
+            raise Refusal(f"{refusal}: pass --overwrite to start anew, or --output_dir for "
+                          "another folder") from None
+
+    def save(self, name, state):
+        """Write a checkpoint whole."""
+        if self.writes:
+            write_whole(self.path / name, lambda file: torch.save(state, file))
+
+    def cut_log(self, epochs):
+        """Leave in ``log.txt`` the whole lines of the first ``epochs`` epochs.
+
+        With no epoch to keep, the file is set aside as ``log.txt.old``: without its checkpoint
+        it may be all that is left of a finished run.
+        """
+        log = self.path / "log.txt" if self.writes else None
+        if log is None or not log.exists():
+            return
+        if epochs == 0:
+            os.replace(log, self.path / "log.txt.old")
+            return
+        kept = [line for line in log.read_bytes().splitlines(keepends=True)
+                if _epoch_of(line) in range(epochs)]
+        write_whole(log, lambda file: file.writelines(kept))
+
+
+def _epoch_of(line):
+    """The epoch of a line of ``log.txt``; None for half a line."""
+    try:
+        return json.loads(line)["epoch"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None

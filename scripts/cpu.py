@@ -1,0 +1,77 @@
+"""What DeiT, which takes a GPU for granted, needs to run with ``--device cpu``.
+
+All DeiT commits need all of it; a run on GPUs is not touched.
+"""
+import inspect
+import os
+import warnings
+
+import torch
+import torch.distributed
+
+
+def adapt(main):
+    """Make DeiT run on the CPU, alone and with several processes."""
+    main.utils.init_distributed_mode = init_with_gloo
+    main.utils.SmoothedValue.synchronize_between_processes = sum_over_processes
+    torch.cuda.synchronize = lambda device=None: None  # engine calls it after every step
+    torch.nn.parallel.DistributedDataParallel = DistributedDataParallelOnCpu
+    keep_mixup_targets_on_cpu()
+    for message in ("User provided device_type of 'cuda'", "CUDA is not available or torch_xla",
+                    r"torch\.cuda\.amp\.(autocast|GradScaler)"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def init_with_gloo(args):
+    """DeiT's ``init_distributed_mode``, which has only nccl: sets rank, world_size, distributed."""
+    args.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not args.distributed:
+        return
+    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    args.gpu, args.dist_backend = None, "gloo"
+    torch.distributed.init_process_group(backend="gloo", init_method=args.dist_url,
+                                         world_size=args.world_size, rank=args.rank)
+    silence_other_processes(args.rank)
+
+
+def silence_other_processes(rank):
+    """As DeiT does on GPUs: only the first process prints, unless told ``force=True``."""
+    import builtins
+
+    original = builtins.print
+
+    def print_in_first(*values, force=False, **kwargs):
+        if rank == 0 or force:
+            original(*values, **kwargs)
+
+    builtins.print = print_in_first
+
+
+class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
+    """Takes DeiT's ``device_ids``, which torch refuses for a model on the CPU, and drops them."""
+
+    def __init__(self, module, device_ids=None, **kwargs):
+        super().__init__(module, **kwargs)
+
+
+def sum_over_processes(value):
+    """DeiT's ``SmoothedValue.synchronize_between_processes``, which has a tensor on cuda."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    sums = torch.tensor([value.count, value.total], dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    value.count, value.total = int(sums[0]), sums[1].item()
+
+
+def keep_mixup_targets_on_cpu():
+    """Mixup puts its targets on cuda up to timm 0.5.4; later ones follow the batch."""
+    from timm.data import mixup
+
+    make_target = mixup.mixup_target
+    if "device" not in inspect.signature(make_target).parameters:
+        return
+
+    def mixup_target(target, num_classes, lam=1.0, smoothing=0.0, device=None):
+        return make_target(target, num_classes, lam, smoothing, device=target.device)
+
+    mixup.mixup_target = mixup_target

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""What every process of a run executes: find DeiT, adapt it from outside, call its main(args)."""
+import deit
+import failures
+import options
+import versions
+
+
+def main():
+    """Fine-tune, with DeiT's flags and those of options.py on the command line."""
+    failures.watch_launcher()
+    folder = deit.find()
+    versions.check()
+    versions.adapt_before_import()
+    deit_main = deit.import_main(folder)
+    versions.adapt(deit_main)
+    import datasets  # ours, which deit.import_main has made sure of
+
+    run(deit_main, options.parse(deit_main, datasets.DATA_SETS))
+
+
+def run(deit_main, args):
+    """Run DeiT's ``main(args)`` with a Run in the place of its functions."""
+    import cpu
+    import moco_v3_vit  # noqa: F401  (registers its model with timm)
+    from run import Run
+
+    if args.device == "cpu":
+        cpu.adapt(deit_main)
+    this_run = Run(deit_main, args)
+    this_run.prepare()
+    this_run.stand_in()
+    deit_main.main(args)
+    this_run.finish()
+
+
+if __name__ == "__main__":
+    failures.guard(main)

@@ -1,0 +1,242 @@
+"""One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main()`` runs it."""
+import builtins
+import os
+
+import numpy as np
+import torch
+import torch.distributed
+
+import options
+import schedule
+import summary
+import weights
+from checkpoints import RunFolder
+from failures import Refusal
+
+# What may differ between a run and its continuation; all else is the recipe.
+NOT_RECIPE = {"output_dir", "data_path", "device", "num_workers", "pin_mem", "dist_url",
+              "world_size", "batch_size", "start_epoch", "resume", "eval", "eval_freq",
+              "save_freq", "overwrite", "download", "dist_eval", "distributed"}
+
+
+class Run:
+    """Every public method named like a function of DeiT's stands in for it, on all commits."""
+
+    def __init__(self, main, args):
+        self.main = main
+        self.args = args
+        self.rank = int(os.environ.get("RANK", 0))
+        self.processes = int(os.environ.get("WORLD_SIZE", 1))
+        self.recipe = self._recipe()
+        self.resume, args.resume = args.resume, ""  # DeiT's own loading is late, and too strict
+        self.folder = RunFolder(args.output_dir, writes=self.rank == 0 and not args.eval)
+        self.loaders = schedule.LastingLoaders()
+        self.datasets = {}
+        self.start = self.start_path = None  # the checkpoint this run starts or continues from
+        self.epoch = None  # the one in training; None before the first
+        self.unsaved = None  # the state after self.epoch, until its line is in log.txt
+        self.best_accuracy = 0.0
+        self.evaluated = True
+        self.deit = {name: getattr(main, name)
+                     for name in ("build_dataset", "create_model", "train_one_epoch")}
+
+    def stand_in(self):
+        """Put this run's methods in the place of DeiT's functions."""
+        for name in ("build_dataset", "create_model", "train_one_epoch", "evaluate", "print"):
+            setattr(self.main, name, getattr(self, name))
+        self.main.utils.save_on_master = self.save_on_master
+
+    def _recipe(self):
+        recipe = {name: value for name, value in vars(self.args).items() if name not in NOT_RECIPE}
+        recipe["images a step"] = self.processes * self.args.batch_size
+        recipe["resume"] = os.path.basename(self.args.resume)
+        return recipe
+
+    # Before the process group is made
+
+    def prepare(self):
+        """Check all that can be checked before the GPUs are taken. Raises Refusal."""
+        self._check_device()
+        for is_train in (True, False):
+            self.datasets[is_train] = self._build_dataset(is_train)
+        self.folder.claim(self.args.overwrite)
+        self._find_start()
+
+    def _check_device(self):
+        if not self.args.device.startswith("cuda"):
+            return
+        gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+        if gpus == 0:
+            raise Refusal("no GPU found: pass --device cpu to rehearse without one "
+                          "(and NPROC_PER_NODE=2, say)")
+        if local_rank >= gpus:
+            raise Refusal(f"more processes than the {gpus} GPUs of this machine: set "
+                          f"NPROC_PER_NODE={gpus}")
+
+    def _build_dataset(self, is_train):
+        try:
+            return self.deit["build_dataset"](is_train=is_train, args=self.args)
+        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise Refusal(str(error)) from error
+
+    def _find_start(self):
+        """Continue what ``--output_dir`` holds, or else start from ``--resume``."""
+        fresh = self.args.eval or self.args.overwrite
+        self.start = None if fresh else self.folder.previous()
+        if self.start is not None:
+            self.start_path = str(self.folder.path / "checkpoint.pth")
+            self._check_same_recipe()
+        elif self.resume:
+            self.start, self.start_path = weights.read(self.resume), self.resume
+        elif self.args.eval and not getattr(self.args, "finetune", ""):
+            raise Refusal("--eval needs --resume with a checkpoint of a fine-tuning run")
+        if self.continues:
+            self.args.start_epoch = self.start["epoch"] + 1
+            self.best_accuracy = self.start.get("max_accuracy", 0.0)
+        self.folder.cut_log(self.args.start_epoch)
+
+    @property
+    def continues(self):
+        """Whether the start is a run's own checkpoint, with its optimizer, and training goes on."""
+        return (self.start is not None and not self.args.eval
+                and "optimizer" in self.start and "epoch" in self.start)
+
+    def _check_same_recipe(self):
+        before = self.start.get("recipe", {})
+        differing = [f"{options.flag(name)} {self.recipe.get(name)!r} (there: {before[name]!r})"
+                     for name in before if self.recipe.get(name) != before[name]]
+        if differing:
+            raise Refusal(f"--output_dir {self.folder.path} holds a run of another recipe: "
+                          f"{', '.join(differing)}; choose another folder, or pass --overwrite "
+                          "to delete that run and start anew")
+
+    # What DeiT calls
+
+    def build_dataset(self, is_train, args):
+        """The data sets were built, and so checked, before DeiT took the GPUs."""
+        return self.datasets[is_train]
+
+    def create_model(self, name, **kwargs):
+        """Make the model and load its weights at once, before DeiT copies it for its average.
+
+        All commits need this: DeiT loads ``--resume`` after the copy is made, so that the average
+        starts from random weights, and cannot load a checkpoint without a head.
+        """
+        if self.args.input_size != 224:
+            kwargs["img_size"] = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it
+        try:
+            model = self.deit["create_model"](name, **kwargs)
+        except (RuntimeError, KeyError) as error:
+            raise Refusal(f"--model {name}: neither DeiT nor timm has a model of that name "
+                          f"({error})") from error
+        self.headless = False
+        if self.start is not None:
+            self.headless = weights.load(
+                model, self.start["model"], self.start_path, name,
+                head_may_miss=not (self.args.eval or self.continues))
+        return model
+
+    def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
+                        max_norm=None, model_ema=None, mixup_fn=None, **kwargs):
+        """DeiT's, with lasting data workers; before the first epoch, restores and says the run."""
+        if self.epoch is None:
+            self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
+        self.commit()
+        self.epoch, self.loss_scaler = epoch, loss_scaler
+        return self.deit["train_one_epoch"](
+            model, criterion, self.loaders.training(data_loader), optimizer, device, epoch,
+            loss_scaler, max_norm, model_ema, mixup_fn, **kwargs)
+
+    def evaluate(self, data_loader, model, device):
+        """Evaluate when due, each image in one process; keep the best weights, as HEAD does."""
+        self.evaluated = self.epoch is None or schedule.is_due(
+            self.epoch, self.args.eval_freq, self.args.epochs)
+        if not self.evaluated:
+            return schedule.NotEvaluated()
+        loader = self.loaders.evaluation(data_loader, self.rank, self.processes)
+        batches = loader
+        if len(loader):
+            batches = self.main.utils.MetricLogger(delimiter="  ").log_every(loader, 10, "Test:")
+        stats = schedule.evaluate(model, batches, device)
+        self.print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+        if self.unsaved and stats["acc1"] > self.best_accuracy:
+            self.best_accuracy = stats["acc1"]
+            self._save("best_checkpoint.pth")
+        return stats
+
+    def save_on_master(self, state, path):
+        """Hold the state of an epoch until its line is in ``log.txt``; ``commit`` writes it.
+
+        DeiT HEAD's own calls for ``best_checkpoint.pth`` are left to ``evaluate``, which knows the
+        best of a run that was continued.
+        """
+        if os.path.basename(path) == "checkpoint.pth":
+            self.unsaved = state
+
+    def print(self, *values, **kwargs):
+        """DeiT's lines, less the accuracy of an epoch without evaluation."""
+        text = str(values[0]) if values else ""
+        if text.startswith(("Accuracy of the network", "Max accuracy")) and not self.evaluated:
+            return
+        if text.startswith("Max accuracy"):
+            values = (f"Max accuracy: {self.best_accuracy:.2f}%",)
+        builtins.print(*values, **kwargs)
+
+    # Saving and continuing
+
+    def commit(self):
+        """Write ``checkpoint.pth`` for the epoch that is complete, if it is due."""
+        if self.unsaved and schedule.is_due(self.epoch, self.args.save_freq, self.args.epochs):
+            self._save("checkpoint.pth")
+        self.unsaved = None
+
+    def _save(self, name):
+        state = {"scaler": self.loss_scaler.state_dict(), **self.unsaved,  # 1d38fa4 has no scaler
+                 "max_accuracy": self.best_accuracy, "recipe": self.recipe}
+        self.folder.save(name, state)
+
+    def finish(self):
+        """Write what is left to write, and end the data workers."""
+        self.commit()
+        self.loaders.close()
+
+    def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
+        if len(data_loader) == 0:
+            images = len(data_loader.dataset)
+            raise Refusal(f"no full batch in an epoch: {images} training images over "
+                          f"{self.processes} processes are less than --batch-size "
+                          f"{self.args.batch_size} each; use fewer processes or a smaller batch")
+        if self.processes > 1:
+            self._check_same_start(device)
+        if self.continues:
+            self._restore(optimizer, loss_scaler, model_ema)
+        summary.show(self, data_loader, optimizer, builtins.print)
+        self.start = None  # its memory is not needed any more
+
+    def _check_same_start(self, device):
+        """Nodes that share no folder would continue from different epochs."""
+        mine = torch.tensor([self.args.start_epoch], device=device)
+        earliest = mine.clone()
+        torch.distributed.all_reduce(earliest, op=torch.distributed.ReduceOp.MIN)
+        latest = mine.clone()
+        torch.distributed.all_reduce(latest, op=torch.distributed.ReduceOp.MAX)
+        if earliest.item() != latest.item():
+            raise Refusal(f"process {self.rank} would start at epoch {mine.item()}, others at "
+                          f"{earliest.item()} to {latest.item()}: --output_dir must be one folder "
+                          "that all nodes share")
+
+    def _restore(self, optimizer, loss_scaler, model_ema):
+        """Go on as if never stopped: optimizer with its learning rate, weight average, loss scale.
+
+        HEAD's own resuming is one epoch ahead in the learning rate; 1d38fa4 and e6b10b5 do not
+        restore the average, and 1d38fa4 has no loss scale.
+        """
+        optimizer.load_state_dict(self.start["optimizer"])
+        if model_ema is not None:
+            model_ema.ema.load_state_dict(self.start["model_ema"])
+        if self.start.get("scaler"):
+            loss_scaler.load_state_dict(self.start["scaler"])
+        # Else the augmentation of the first epochs would be drawn again.
+        seed = self.args.seed + self.rank + self.processes * self.args.start_epoch
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""torch's own launcher, with a clean end: takes its options and ends as its processes did.
+
+``torch.distributed.run`` where torch has it (1.9 on), ``torch.distributed.launch --use_env``
+where not. What is added: a free port on a single machine, no summary of tracebacks after the
+line in which a process said why it failed, and no process that outlives this one.
+"""
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+
+import failures
+
+
+def main():
+    """Run torch's launcher on this script's arguments; exit with the failed process's status."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[failures.LAUNCHER_PID] = str(os.getpid())
+        os.environ[failures.FIRST_FAILURE] = os.path.join(folder, "first-failure")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's default too, but it warns of it
+        status = _launch(_with_port(sys.argv[1:]))
+    sys.exit(status)
+
+
+def _with_port(arguments):
+    """torch's launcher takes port 29500 unless told: two runs on one machine would collide."""
+    if any(argument.startswith("--master_port") for argument in arguments):
+        return arguments
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return ["--master_port", str(probe.getsockname()[1]), *arguments]
+
+
+def _launch(arguments):
+    signal.signal(signal.SIGTERM, _terminated)
+    if importlib.util.find_spec("torch") is None:
+        return _say(f"torch is not installed for {sys.executable}: pip install -r requirements.txt")
+    try:
+        if importlib.util.find_spec("torch.distributed.run"):
+            return _elastic(arguments)
+        return _legacy(arguments)
+    except KeyboardInterrupt:
+        return _say("stopped by Ctrl-C", 130)
+
+
+def _elastic(arguments):
+    """torch 1.9 and newer."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import errors
+
+    # Its log repeats, in some twenty lines, that a process failed; the process has said why.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run.main(arguments)
+    except errors.ChildFailedError as error:
+        return _status(*error.get_first_failure())
+    except Exception as error:  # SignalException is not in every version that raises it
+        if type(error).__name__ != "SignalException":
+            raise
+        return _say(f"stopped by {signal.Signals(error.sigval).name}", 128 + error.sigval)
+    return 0
+
+
+def _legacy(arguments):
+    """torch 1.7 and 1.8: it waits for its processes in turn, so a failed one is looked for here."""
+    import subprocess
+
+    from torch.distributed import launch
+
+    signal.signal(signal.SIGCHLD, _stop_when_one_failed)
+    sys.argv = [launch.__file__, "--use_env", *arguments]
+    try:
+        launch.main()
+    except subprocess.CalledProcessError as error:
+        return _exit_status(error.returncode)
+    return 0
+
+
+def _stop_when_one_failed(*_):
+    ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None or (ended.si_code == os.CLD_EXITED and ended.si_status == 0):
+        return
+    code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+    os._exit(_exit_status(code, ended.si_pid))  # the others notice within seconds, and end
+
+
+def _status(rank, failure):
+    return _exit_status(failure.exitcode, f"{failure.pid} (process {rank})")
+
+
+def _exit_status(code, who=""):
+    """A process that failed has printed why; one that was killed could not."""
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    hint = " -- out of memory?" if -code == signal.SIGKILL else ""
+    return _say(f"process {who} was ended by {name}{hint}; the others were stopped", 128 - code)
+
+
+def _say(text, status=failures.REFUSED):
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _terminated(*_):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

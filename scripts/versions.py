@@ -1,0 +1,112 @@
+"""What newer torch and timm need to run DeiT, which was written for torch 1.7 and timm 0.3.2.
+
+Each adaptation does nothing on versions that do not need it.
+"""
+import argparse
+import importlib
+import inspect
+import os
+import sys
+import warnings
+
+from failures import Refusal
+
+# The oldest of each that DeiT was made for (its README); newer ones are adapted to.
+NEEDED = {"torch": "1.7", "torchvision": "0.8", "timm": "0.3.2", "scipy": "1.0", "PIL": "6.0"}
+
+
+def check():
+    """Refuse a Python, torch, torchvision, timm, scipy or Pillow that is missing or too old."""
+    if sys.version_info < (3, 8):  # noqa: UP036 (it is said to those who have it)
+        raise Refusal(f"Python {sys.version.split()[0]} is too old: 3.8 or newer is needed")
+    for name, least in NEEDED.items():
+        try:
+            found = importlib.import_module(name).__version__
+        except ImportError as error:
+            raise Refusal(f"{name} cannot be imported by {sys.executable} ({error}): "
+                          "pip install -r requirements.txt") from error
+        if numbers(found) < numbers(least):
+            raise Refusal(f"{name} {found} is too old: {least} or newer is needed")
+    import numpy
+    import torch
+
+    if numbers(numpy.__version__) >= (2,) and numbers(torch.__version__) < (2, 3):
+        raise Refusal(f"torch {torch.__version__} cannot use numpy {numpy.__version__}: "
+                      "pip install 'numpy<2'")
+
+
+def numbers(version):
+    """(2, 6, 0) of '2.6.0+cu124', for comparing."""
+    parts = version.split("+")[0].split(".")[:3]
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
+
+
+def adapt_before_import():
+    """Adaptations which DeiT's modules need to be imported at all."""
+    quieten_age()
+    restore_pil_interp()
+    trust_namespace()
+
+
+def adapt(main):
+    """Adaptations of DeiT's imported ``main``."""
+    skip_pretrained_cfg(main)
+
+
+def restore_pil_interp():
+    """Give ``timm.data.transforms`` its ``_pil_interp`` back, which DeiT HEAD imports.
+
+    Needed from timm 0.5.4 on, where ``str_to_pil_interp`` took its place.
+    """
+    from timm.data import transforms
+
+    if not hasattr(transforms, "_pil_interp"):
+        transforms._pil_interp = transforms.str_to_pil_interp
+
+
+def skip_pretrained_cfg(main):
+    """Make DeiT's models without timm's ``pretrained_cfg`` argument, which they do not take.
+
+    Needed from timm 0.6 on (where ``create_model`` has it). As ``create_model`` does, arguments
+    that are None are left out, so that a model without them is not disturbed.
+    """
+    from timm.models import create_model, model_entrypoint
+
+    if "pretrained_cfg" not in inspect.signature(create_model).parameters:
+        return
+
+    def create(model_name, **kwargs):
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return model_entrypoint(model_name)(**given)
+
+    main.create_model = create
+
+
+def trust_namespace():
+    """Let torch read argparse.Namespace, which DeiT's own checkpoints hold, without pickle.
+
+    Needed from torch 2.6 on, where torch.load refuses what is not known to be harmless.
+    """
+    import torch
+
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+# What DeiT's age makes newer versions say: (category, start of the message, why it is harmless).
+AGE_WARNINGS = (
+    (FutureWarning, r"Importing from timm\.models\.", "timm 0.9 moved registry and layers"),
+    (UserWarning, r"Overwriting \w+ in registry", "timm 0.9: DeiT's models replace timm's"),
+    (FutureWarning, r"`torch\.cuda\.amp\.", "torch 2.4 renamed autocast and GradScaler"),
+    (DeprecationWarning, r"`torch\.cuda\.amp\.", "the same, as later versions say it"),
+)
+
+
+def quieten_age():
+    """Drop warnings that come from DeiT's age alone; others show in the first process, as one line.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for category, message, _ in AGE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")

@@ -1,0 +1,61 @@
+"""One epoch of training, one pass of evaluation."""
+import math
+import sys
+
+import torch
+from timm.utils import accuracy
+
+import utils
+from era import SINCE_2021
+
+
+def batches(meters, loader, device, header):
+    for pair in meters.log_every(loader, 10, header):
+        yield [tensor.to(device, non_blocking=True) for tensor in pair]
+
+
+def averages(meters):
+    return {name: meter.global_avg for name, meter in meters.meters.items()}
+
+
+def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
+                    max_norm=0, model_ema=None, mixup_fn=None, set_training_mode=True, args=None):
+    model.train(set_training_mode)
+    meters = utils.MetricLogger(delimiter="  ")
+    meters.add_meter("lr", utils.SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    for images, labels in batches(meters, data_loader, device, f"Epoch: [{epoch}]"):
+        if mixup_fn is not None:
+            images, labels = mixup_fn(images, labels)
+        with torch.cuda.amp.autocast():
+            logits = model(images)
+            loss = criterion(images, logits, labels) if SINCE_2021 else criterion(logits, labels)
+        if not math.isfinite(loss.item()):
+            sys.exit(f"the loss is {loss.item()}")
+        optimizer.zero_grad()
+        loss_scaler(loss, optimizer, clip_grad=max_norm, parameters=model.parameters(),
+                    create_graph=getattr(optimizer, "is_second_order", False))
+        torch.cuda.synchronize()
+        if model_ema is not None:
+            model_ema.update(model)
+        meters.update(loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
+    meters.synchronize_between_processes()
+    print("Averaged stats:", meters)
+    return averages(meters)
+
+
+@torch.no_grad()
+def evaluate(data_loader, model, device):
+    model.eval()
+    meters = utils.MetricLogger(delimiter="  ")
+    for images, labels in batches(meters, data_loader, device, "Test:"):
+        with torch.cuda.amp.autocast():
+            logits = model(images)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        meters.update(loss=loss.item())
+        for name, percent in zip(("acc1", "acc5"), accuracy(logits, labels, topk=(1, 5))):
+            meters.meters[name].update(percent.item(), n=len(images))
+    if SINCE_2021:
+        meters.synchronize_between_processes()
+    means = averages(meters)
+    print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**means))
+    return means
