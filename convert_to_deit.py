@@ -51,7 +51,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 class TensorPickle:
-    """What torch.load needs of a pickle module; for torch before 1.13, without weights_only."""
+    """What torch.load needs of a pickle module, for torch without a usable weights_only."""
 
     Unpickler = TensorUnpickler
 
@@ -207,16 +207,17 @@ def read_checkpoint(path):
 
 
 def _load_options(path, start):
-    options = {"pickle_module": TensorPickle}
-    if "weights_only" in inspect.signature(torch.load).parameters:
-        options = {"weights_only": True}
-    if _can_map() and start.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:  # torch would map compressed tensors as they are
-            options["mmap"] = not any(entry.compress_type for entry in archive.infolist())
-    return options
+    if not _can_map():
+        return {"pickle_module": TensorPickle}
+    if start.startswith(b"\x80"):
+        return {"weights_only": True}
+    with zipfile.ZipFile(path) as archive:  # torch would map compressed tensors as they are
+        stored = not any(entry.compress_type for entry in archive.infolist())
+    return {"weights_only": True, "mmap": stored}
 
 
 def _can_map():
+    """Whether torch can map files; if so (2.1), its weights_only reads floats too (1.13: not)."""
     return "mmap" in inspect.signature(torch.load).parameters
 
 

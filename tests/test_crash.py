@@ -1,0 +1,190 @@
+"""Runs that are killed, and what the next launch makes of the folder they leave."""
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ERAS, command, environment, launch, log_of, train
+
+EPOCHS = 5
+
+
+@contextlib.contextmanager
+def running(recipe, *flags, processes=2, era=None, **variables):
+    """A launch that is under way; ended with all its processes when the block is left."""
+    process = subprocess.Popen(
+        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, env=environment(processes, MINI_DEIT_ERA=era, **variables))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds=120):
+    """Poll until ``condition()`` holds; its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def finetune_processes(folder):
+    """Process ids of the finetune.py processes, and their data workers, writing to ``folder``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes()
+                if b"finetune.py" in line and str(folder).encode() in line \
+                        and b"torch_launcher" not in line:
+                    found.append(int(entry.name))
+    return found
+
+
+def lines_in(log):
+    return len(log.read_bytes().splitlines()) if log.exists() else 0
+
+
+def flags_for(folder, data, checkpoint):
+    return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", folder,
+            "--epochs", EPOCHS, "--warmup-epochs", "2", "--eval-freq", "2"]
+
+
+def rates(folder):
+    return [row["train_lr"] for row in log_of(folder)]
+
+
+def average(folder):
+    return torch.load(folder / "checkpoint.pth", map_location="cpu")["model_ema"]
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_a_killed_run_continues_as_if_it_never_stopped(era, data, checkpoint, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train("pets", *flags_for(whole, data, checkpoint), era=era)
+    with running("pets", *flags_for(killed, data, checkpoint), era=era) as run:
+        wait_for(lambda: lines_in(killed / "log.txt") >= 3)
+        run.kill()
+        wait_for(lambda: not finetune_processes(killed), seconds=20)
+    before = torch.load(killed / "checkpoint.pth", map_location="cpu")
+    assert before["epoch"] < EPOCHS - 1, "the run was over before it could be killed"
+    done = train("pets", *flags_for(killed, data, checkpoint), era=era)
+    assert f"epoch {before['epoch'] + 1} comes next" in done.stdout
+    assert [row["epoch"] for row in log_of(killed)] == list(range(EPOCHS))
+    assert rates(killed) == rates(whole)
+    evaluated = [["test_acc1" in row for row in log_of(folder)] for folder in (whole, killed)]
+    assert evaluated[0] == evaluated[1]
+    # A weight average that was not restored would be at least as far off as one run of training.
+    start = torch.load(checkpoint)["model"]
+    for name, value in average(whole).items():
+        if name in start and name != "pos_embed":
+            drift = (value - start[name]).abs().max()
+            assert (average(killed)[name] - value).abs().max() <= 0.5 * drift + 1e-9, name
+
+
+def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused(data, checkpoint, tmp_path):
+    flags = flags_for(tmp_path, data, checkpoint)
+    train("pets", *flags)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    done = train("pets", *flags)
+    assert "nothing left to train" in done.stdout
+    refused = launch("pets", *flags, "--weight-decay", "0.3")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "--weight-decay 0.3 (there: 0.1)" in refused.stderr
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    train("pets", *flags, "--weight-decay", "0.3", "--epochs", "1", "--overwrite")
+    assert [row["epoch"] for row in log_of(tmp_path)] == [0]
+
+
+def test_a_second_launch_into_a_live_folder_is_refused(data, checkpoint, tmp_path):
+    flags = flags_for(tmp_path, data, checkpoint)
+    with running("pets", *flags, "--epochs", "500"):
+        wait_for(lambda: lines_in(tmp_path / "log.txt") >= 1)
+        refused = launch("pets", *flags, "--epochs", "500")
+    assert refused.returncode == 2 and "another run" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_ending_the_launcher_ends_every_process(name, data, checkpoint, tmp_path):
+    flags = flags_for(tmp_path, data, checkpoint)
+    with running("pets", *flags, "--epochs", "500") as run:
+        wait_for(lambda: lines_in(tmp_path / "log.txt") >= 1)
+        assert len(finetune_processes(tmp_path)) >= 2
+        run.send_signal(name)
+        wait_for(lambda: not finetune_processes(tmp_path), seconds=15)
+        _, stderr = run.communicate(timeout=20)
+        assert "Traceback" not in stderr
+
+
+def test_one_process_killed_ends_the_others_and_is_named(data, checkpoint, tmp_path):
+    flags = flags_for(tmp_path, data, checkpoint)
+    with running("pets", *flags, "--epochs", "500", "--num_workers", "0") as run:
+        wait_for(lambda: lines_in(tmp_path / "log.txt") >= 1)
+        os.kill(max(finetune_processes(tmp_path)), signal.SIGKILL)
+        _, stderr = run.communicate(timeout=30)
+        assert run.returncode not in (0, None)
+        assert "SIGKILL" in stderr and "Traceback" not in stderr
+        assert not finetune_processes(tmp_path)
+
+
+def test_a_broken_image_ends_all_processes_with_its_name(data, checkpoint, tmp_path):
+    import shutil
+
+    broken = tmp_path / "pets"
+    shutil.copytree(data / "pets", broken)
+    victim = sorted((broken / "images").glob("*.jpg"))[5]
+    victim.write_bytes(victim.read_bytes()[:300])
+    done = launch("pets", *flags_for(tmp_path / "out", data, checkpoint), "--data-path", broken)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert str(victim) in errors[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_at_a_random_moment_leaves_a_folder_that_continues(seed, data, checkpoint, tmp_path):
+    moment = random.Random(seed).uniform(0.0, 2.0)
+    flags = flags_for(tmp_path, data, checkpoint)
+    with running("pets", *flags) as run:
+        wait_for(lambda: lines_in(tmp_path / "log.txt") >= 1)
+        time.sleep(moment)
+        for process in [run.pid, *finetune_processes(tmp_path)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    train("pets", *flags)
+    assert [row["epoch"] for row in log_of(tmp_path)] == list(range(EPOCHS))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_damaged_checkpoint_is_named(data, checkpoint, tmp_path):
+    flags = flags_for(tmp_path, data, checkpoint)
+    train("pets", *flags, "--epochs", "1")
+    saved = tmp_path / "checkpoint.pth"
+    saved.write_bytes(saved.read_bytes()[:-5000])
+    done = launch("pets", *flags, "--epochs", "1")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert str(saved) in done.stderr and "--overwrite" in done.stderr
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint(data, checkpoint, tmp_path):
+    """A limit on the size of files stands for the full disk: both fail the write."""
+    flags = flags_for(tmp_path, data, checkpoint)
+    train("pets", *flags, "--epochs", "1")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    limited = ["bash", "-c", f"ulimit -f {len(before) // 2048}; exec \"$@\"", "bash",
+               *command("pets", *flags, "--epochs", "1", "--overwrite")]
+    done = subprocess.run(limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, env=environment())
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
+    assert done.returncode == 2 and len(errors) == 1 and "cannot write" in errors[0], done.stderr
+    assert not list(tmp_path.glob(".*.tmp"))
