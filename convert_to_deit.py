@@ -194,7 +194,7 @@ def read_checkpoint(path):
     if not start.startswith((b"PK\x03\x04", b"\x80")):  # zip; pickle, as torch saved before 1.6
         raise ConversionError(f"it is no PyTorch checkpoint; {WANTED}")
     try:
-        return torch.load(path, map_location="cpu", **_load_options(path, start))
+        return _load_tensors(path, is_zip=start.startswith(b"PK"))
     except OSError:
         raise
     except Exception as error:  # hostile bytes make torch.load raise almost anything
@@ -206,14 +206,21 @@ def read_checkpoint(path):
                               f"{type(error).__name__}); copy or download it again") from error
 
 
-def _load_options(path, start):
-    if not _can_map():
-        return {"pickle_module": TensorPickle}
-    if start.startswith(b"\x80"):
-        return {"weights_only": True}
-    with zipfile.ZipFile(path) as archive:  # torch would map compressed tensors as they are
-        stored = not any(entry.compress_type for entry in archive.infolist())
-    return {"weights_only": True, "mmap": stored}
+def _load_tensors(path, is_zip):
+    if _can_map():
+        return torch.load(path, "cpu", weights_only=True, mmap=is_zip and _is_uncompressed(path))
+    original = torch.serialization.pickle
+    torch.serialization.pickle = TensorPickle  # torch 1.13 ignores the argument pickle_module
+    try:
+        return torch.load(path, "cpu", pickle_module=TensorPickle)
+    finally:
+        torch.serialization.pickle = original
+
+
+def _is_uncompressed(path):
+    """Whether a zip file holds every tensor as it is, which torch takes for granted in mapping."""
+    with zipfile.ZipFile(path) as archive:
+        return not any(entry.compress_type for entry in archive.infolist())
 
 
 def _can_map():

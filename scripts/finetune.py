@@ -29,6 +29,9 @@ def run(deit_main, args):
         cpu.adapt(deit_main)
     this_run = Run(deit_main, args)
     this_run.prepare()
+    if this_run.is_over:
+        print(f"{args.output_dir} has all {args.epochs} epochs: nothing left to train")
+        return
     this_run.stand_in()
     deit_main.main(args)
     this_run.finish()

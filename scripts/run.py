@@ -101,6 +101,11 @@ class Run:
         return (self.start is not None and not self.args.eval
                 and "optimizer" in self.start and "epoch" in self.start)
 
+    @property
+    def is_over(self):
+        """Whether the run in ``--output_dir`` has trained all its epochs."""
+        return self.continues and self.args.start_epoch >= self.args.epochs
+
     def _check_same_recipe(self):
         before = self.start.get("recipe", {})
         differing = [f"{options.flag(name)} {self.recipe.get(name)!r} (there: {before[name]!r})"

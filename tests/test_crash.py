@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ERAS, command, environment, launch, log_of, train
+from conftest import ERAS, command, environment, launch, log_of, saved, train
 
 EPOCHS = 5
 
@@ -65,7 +64,7 @@ def rates(folder):
 
 
 def average(folder):
-    return torch.load(folder / "checkpoint.pth", map_location="cpu")["model_ema"]
+    return saved(folder / "checkpoint.pth")["model_ema"]
 
 
 @pytest.mark.parametrize("era", ERAS)
@@ -76,7 +75,7 @@ def test_a_killed_run_continues_as_if_it_never_stopped(era, data, checkpoint, tm
         wait_for(lambda: lines_in(killed / "log.txt") >= 3)
         run.kill()
         wait_for(lambda: not finetune_processes(killed), seconds=20)
-    before = torch.load(killed / "checkpoint.pth", map_location="cpu")
+    before = saved(killed / "checkpoint.pth")
     assert before["epoch"] < EPOCHS - 1, "the run was over before it could be killed"
     done = train("pets", *flags_for(killed, data, checkpoint), era=era)
     assert f"epoch {before['epoch'] + 1} comes next" in done.stdout
@@ -85,7 +84,7 @@ def test_a_killed_run_continues_as_if_it_never_stopped(era, data, checkpoint, tm
     evaluated = [["test_acc1" in row for row in log_of(folder)] for folder in (whole, killed)]
     assert evaluated[0] == evaluated[1]
     # A weight average that was not restored would be at least as far off as one run of training.
-    start = torch.load(checkpoint)["model"]
+    start = saved(checkpoint)["model"]
     for name, value in average(whole).items():
         if name in start and name != "pos_embed":
             drift = (value - start[name]).abs().max()
@@ -169,11 +168,11 @@ def test_kill_at_a_random_moment_leaves_a_folder_that_continues(seed, data, chec
 def test_a_damaged_checkpoint_is_named(data, checkpoint, tmp_path):
     flags = flags_for(tmp_path, data, checkpoint)
     train("pets", *flags, "--epochs", "1")
-    saved = tmp_path / "checkpoint.pth"
-    saved.write_bytes(saved.read_bytes()[:-5000])
+    damaged = tmp_path / "checkpoint.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-5000])
     done = launch("pets", *flags, "--epochs", "1")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert str(saved) in done.stderr and "--overwrite" in done.stderr
+    assert str(damaged) in done.stderr and "--overwrite" in done.stderr
 
 
 def test_a_full_disk_keeps_the_last_whole_checkpoint(data, checkpoint, tmp_path):

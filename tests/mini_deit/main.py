@@ -17,10 +17,10 @@ from timm.utils import ModelEma, NativeScaler, get_state_dict
 
 import models  # noqa: F401  registers the models with timm
 import utils
+from arguments import get_args_parser, refuse_unsupported
 from datasets import build_dataset
 from engine import evaluate, train_one_epoch
 from era import ERA, HEAD, SINCE_2021
-from options import get_args_parser, refuse_unsupported
 
 if HEAD:
     import augment  # noqa: F401
