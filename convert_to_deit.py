@@ -33,7 +33,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SAFE_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device"),
                 ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
 SAFE_GLOBALS |= {("torch", f"{kind}Storage") for kind in (
-    "Double Float Half BFloat16 Long Int Short Char Byte Bool").split()}
+    "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
 WANTED = "pass a checkpoint that MoCo v3's main_moco.py saved"
 
 
@@ -41,8 +41,11 @@ class ConversionError(ValueError):
     """What cannot be converted, why, and what to do about it, in one line."""
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors in plain containers and refuses every other class or function."""
+class TensorUnpickler(pickle._Unpickler):
+    """Unpickles tensors in plain containers and refuses every other class or function.
+
+    The Python implementation, since the C one allocates gigabytes at a single damaged byte.
+    """
 
     def find_class(self, module, name):
         if (module, name) not in SAFE_GLOBALS:
@@ -58,6 +61,22 @@ class TensorPickle:
     @staticmethod
     def load(file, **options):
         return TensorUnpickler(file, **options).load()
+
+
+class StorageScanner(TensorUnpickler):
+    """Unpickles a file as torch saved it before 1.6, noting its storages and making no tensor."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}
+
+    def find_class(self, module, name):
+        found = super().find_class(module, name)
+        return (lambda *_: None) if name.startswith("_rebuild") else found
+
+    def persistent_load(self, saved_id):
+        _, kind, key, _, length = saved_id[:5]
+        self.storages[key] = kind, length
 
 
 class PostponingFile:
@@ -176,7 +195,7 @@ def describe(model):
         return f"{name} with a convolutional stem {size}", "DeiT has no such model."
     patch = model["patch_embed.proj.weight"].shape[-1]
     side = math.sqrt(max(tokens - 1, 0))
-    if fit is None or patch != 16 or not side.is_integer():
+    if fit is None or patch != 16 or side == 0 or not side.is_integer():
         return (f"{name} {size}", f"DeiT has no such model (patch size {patch}, {tokens} tokens).")
     resize = "" if tokens == 197 else f" --input-size {int(side) * patch}"
     return f"{name} {size}", f"Fits DeiT's --model {fit}{resize} ({heads})."
@@ -195,13 +214,11 @@ def read_checkpoint(path):
         raise ConversionError(f"it is no PyTorch checkpoint; {WANTED}")
     try:
         return _load_tensors(path, is_zip=start.startswith(b"PK"))
-    except OSError:
-        raise
     except Exception as error:  # hostile bytes make torch.load raise almost anything
         refused = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         if refused:
-            raise ConversionError(f"it holds {refused.group(1)}, which no pre-training checkpoint "
-                                  "does; DeiT's checkpoints need no conversion") from error
+            raise ConversionError(f"it holds {refused.group(1)}, which no MoCo v3 checkpoint does "
+                                  f"(DeiT's may, and need no conversion); {WANTED}") from error
         raise ConversionError("it is damaged or no PyTorch checkpoint (torch.load raised "
                               f"{type(error).__name__}); copy or download it again") from error
 
@@ -209,12 +226,30 @@ def read_checkpoint(path):
 def _load_tensors(path, is_zip):
     if _can_map():
         return torch.load(path, "cpu", weights_only=True, mmap=is_zip and _is_uncompressed(path))
+    if not is_zip:
+        _check_storages(path)
     original = torch.serialization.pickle
     torch.serialization.pickle = TensorPickle  # torch 1.13 ignores the argument pickle_module
     try:
         return torch.load(path, "cpu", pickle_module=TensorPickle)
     finally:
         torch.serialization.pickle = original
+
+
+def _check_storages(path):
+    """Raise EOFError unless all storages follow; torch before 1.13 corrupts its memory if not."""
+    with open(path, "rb") as file:
+        for _ in ("magic number", "protocol version", "system"):
+            TensorPickle.load(file)
+        scanner = StorageScanner(file)
+        scanner.load()
+        for key in TensorPickle.load(file):
+            kind, length = scanner.storages[key]
+            if int.from_bytes(file.read(8), sys.byteorder) != length:
+                raise EOFError
+            file.seek(length * kind().element_size(), os.SEEK_CUR)
+        if file.tell() > os.path.getsize(path):
+            raise EOFError
 
 
 def _is_uncompressed(path):
@@ -320,7 +355,8 @@ def convert_file(source, target):
     try:
         size = write_checkpoint(model, os.path.realpath(target))
     except (ConversionError, OSError, RuntimeError) as error:
-        raise ConversionError(f"--output {target!r}: not written: {error}") from error
+        raise ConversionError(f"--output {target!r}: not written: {error}; "
+                              "check its folder and the space left there") from error
     return summarize(model, checkpoint.get("epoch"), size)
 
 

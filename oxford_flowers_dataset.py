@@ -20,7 +20,8 @@ from torchvision.datasets.vision import VisionDataset
 
 # The real files have 502 bytes and 15 kB. Compressed contents may grow a thousandfold in memory.
 MAT_FILE_LIMIT = 256 * 1024
-NUMERIC = {"double", "single"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+NUMERIC = INTEGERS | {"double", "single"}
 
 
 class Resource(NamedTuple):

@@ -145,6 +145,19 @@ def _python2_pickle(path, value):
         _Python2Pickler(file, protocol=2).dump(value)
 
 
+def sin_cos_table(width, side):
+    """MoCo v3's fixed position embedding, (1, 1 + side * side, width); zeros for the class token.
+
+    A quarter of the width each: sine and cosine of the row, sine and cosine of the column.
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    row = angles.repeat_interleave(side, dim=0)
+    column = angles.repeat(side, 1)
+    table = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), table])[None]
+
+
 def encoder_state(width=192, depth=12, seed=0):
     """A fresh ViT encoder's tensors by name: patch 16, 224 x 224 input, no head."""
     rng = torch.Generator().manual_seed(seed)
@@ -158,7 +171,7 @@ def encoder_state(width=192, depth=12, seed=0):
     def linear(name, outputs, inputs):
         return {f"{name}.weight": weight(outputs, inputs), f"{name}.bias": torch.zeros(outputs)}
 
-    state = {"cls_token": weight(1, 1, width), "pos_embed": weight(1, 197, width)}
+    state = {"cls_token": weight(1, 1, width), "pos_embed": sin_cos_table(width, 14)}
     state["patch_embed.proj.weight"] = weight(width, 3, 16, 16)
     state["patch_embed.proj.bias"] = torch.zeros(width)
     for block in (f"blocks.{i}" for i in range(depth)):

@@ -4,6 +4,7 @@ Data sets without checks, torchvision's own transforms, ``--resume`` with ``stri
 the weight average was made, no standing in for any function of DeiT's. What DeiT needs on newer
 versions and without a GPU is taken from the bundle. Run as ``finetune.py`` is.
 """
+import argparse
 import sys
 import types
 from pathlib import Path
@@ -94,8 +95,8 @@ def main():
     import main as deit_main
 
     versions.adapt(deit_main)
-    parser = deit_main.get_args_parser()
-    parser.conflict_handler = "resolve"
+    parser = argparse.ArgumentParser(parents=[deit_main.get_args_parser()],
+                                     conflict_handler="resolve")
     parser.add_argument("--data-set", choices=sorted(CLASSES))
     args = parser.parse_args()
     if args.device == "cpu":
@@ -103,9 +104,6 @@ def main():
     strict = torch.nn.Module.load_state_dict
     torch.nn.Module.load_state_dict = lambda self, state, **_: strict(self, state, strict=False)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    if "img_size" not in Path(folder, "main.py").read_text():  # 1d38fa4 and e6b10b5 leave it out
-        create = deit_main.create_model
-        deit_main.create_model = lambda name, **kw: create(name, img_size=args.input_size, **kw)
     deit_main.main(args)
 
 

@@ -57,7 +57,7 @@ def test_recipe_trains_and_says_what(recipe, era, data, checkpoint, tmp_path):
 def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, checkpoint, tmp_path):
     # The published flowers modules ignore --reprob; at 0 both ways are the same.
     flags = ["--resume", checkpoint, "--data-path", data / recipe, "--epochs", "1",
-             "--reprob", "0"]
+             "--reprob", "0", "--input-size", "224"]
     train(recipe, *flags, "--output_dir", tmp_path / "ours", era=era)
     dry = launch(recipe, "--device", "cpu", *flags, "--output_dir", tmp_path / "published",
                  "--dry-run", era=era).stdout
