@@ -8,14 +8,20 @@ import torch
 
 
 def load(path):
-    """Read a checkpoint to the CPU; memory-mapped where torch can (2.1 on, zip format).
+    """Read a checkpoint to the CPU; memory-mapped from torch 2.4 on, in zip format.
 
     Raises whatever torch raises on a file that is damaged, no checkpoint, or holds more than
     tensors and plain values.
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):  # torch 2.3 and older
+    if hasattr(torch.serialization, "add_safe_globals"):  # torch 2.4 on
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    original = torch.serialization.pickle
+    torch.serialization.pickle = _Module  # torch 1.13 does not heed its own pickle_module
+    try:
         return torch.load(path, map_location="cpu", pickle_module=_Module)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    finally:
+        torch.serialization.pickle = original
 
 
 _ALLOWED = {("collections", "OrderedDict"): collections.OrderedDict,

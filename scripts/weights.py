@@ -29,7 +29,8 @@ def read(path):
 
 
 def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0][:150]
 
 
 def _check_kind(checkpoint, path):

@@ -78,6 +78,19 @@ def train(recipe, *flags, **options):
     return done
 
 
+def errors_of(stderr):
+    """The lines of a launch's stderr that are no warnings."""
+    return [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+
+
+def refusal_of(done):
+    """The one line of a launch that was refused, with the exit status of a refusal."""
+    lines = errors_of(done.stderr)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
 def log_of(folder):
     """The lines of a run's log.txt, each a dict; invalid JSON fails."""
     lines = Path(folder, "log.txt").read_text().splitlines()
