@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate
 import pytest
+
+import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -66,8 +67,8 @@ def command(recipe, *flags, scripts=ROOT / "scripts"):
 
 def launch(recipe, *flags, processes=2, era=None, scripts=ROOT / "scripts", **variables):
     """Run a recipe to its end; return the completed process with its output as text."""
-    return subprocess.run(command(recipe, *flags, scripts=scripts), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=600,
+    return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True,
+                          text=True, timeout=600,
                           env=environment(processes, MINI_DEIT_ERA=era, **variables))
 
 

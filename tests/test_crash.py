@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from conftest import (
     ERAS,
     command,
@@ -193,7 +194,6 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(data, checkpoint, tmp_path)
     before = (tmp_path / "checkpoint.pth").read_bytes()
     limited = ["bash", "-c", f"ulimit -f {len(before) // 2048}; exec \"$@\"", "bash",
                *command("pets", *flags, "--epochs", "1", "--overwrite")]
-    done = subprocess.run(limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True, env=environment())
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment())
     assert "cannot write" in refusal_of(done)
     assert not list(tmp_path.glob(".*.tmp"))

@@ -2,9 +2,10 @@
 import shutil
 import subprocess
 
-import generate
 import pytest
 import torch
+
+import generate
 from conftest import (
     DEIT,
     DEPTH,
@@ -79,7 +80,8 @@ def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(data, ch
     flags = ["--resume", checkpoint, "--data-path", data / "flowers", "--epochs", "4"]
     every = train("flowers", *flags, "--output_dir", tmp_path / "every")
     third = train("flowers", *flags, "--eval-freq", "3", "--output_dir", tmp_path / "third")
-    assert [("test_acc1" in row) for row in log_of(tmp_path / "third")] == [False, False, True, True]
+    claims = ["test_acc1" in row for row in log_of(tmp_path / "third")]
+    assert claims == [False, False, True, True]
     assert third.stdout.count("Accuracy of the network") == 2
     assert third.stdout.count("Max accuracy") == 2
     assert every.stdout.count("Accuracy of the network") == 4
@@ -184,8 +186,9 @@ def test_copied_into_a_checkout_with_another_package_named_datasets(data, checkp
     other = tmp_path / "site" / "datasets"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("raise SystemExit('the wrong datasets')")
-    done = train("flowers", "--resume", checkpoint, "--data-path", data / "flowers", "--epochs", "1",
-                 scripts=checkout / "scripts", DEIT_DIR=None, PYTHONPATH=str(tmp_path / "site"))
+    done = train("flowers", "--resume", checkpoint, "--data-path", data / "flowers",
+                 "--epochs", "1", scripts=checkout / "scripts", DEIT_DIR=None,
+                 PYTHONPATH=str(tmp_path / "site"))
     assert "on flowers" in done.stdout
 
 
@@ -200,19 +203,19 @@ def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, differs, tmp
     script = ROOT / "scripts" / f"{recipe}.sh"
     printed = subprocess.run(
         [script, "--dry-run", "--output_dir", odd], stdout=subprocess.PIPE, check=True,
-        universal_newlines=True, env=environment(8, PYTHON="echo")).stdout
+        text=True, env=environment(8, PYTHON="echo")).stdout
     shared = ("--model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4 "
               "--warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10")
     for part in (shared, f"--data-set {recipe} {differs}", "--nproc_per_node 8"):
         assert part in printed
     pasted = subprocess.run(printed, shell=True, stdout=subprocess.PIPE, check=True,
-                            universal_newlines=True).stdout
+                            text=True).stdout
     assert pasted.rstrip("\n").endswith(f"--output_dir {odd}")
 
 
 def test_help_explains_without_a_deit():
     done = subprocess.run([ROOT / "scripts" / "pets.sh", "--help"], stdout=subprocess.PIPE,
-                          universal_newlines=True, env=environment(DEIT_DIR=None), check=True)
+                          text=True, env=environment(DEIT_DIR=None), check=True)
     for word in ("DEIT_DIR", "NPROC_PER_NODE", "--dry-run", "--resume"):
         assert word in done.stdout
 
