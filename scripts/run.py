@@ -201,9 +201,11 @@ class Run:
         self.folder.save(name, state)
 
     def finish(self):
-        """Write what is left to write, and end the data workers."""
+        """Write what is left to write; end the data workers and the process group."""
         self.commit()
         self.loaders.close()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
         if len(data_loader) == 0:

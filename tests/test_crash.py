@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import (
     ERAS,
@@ -83,10 +84,6 @@ def rates(folder):
     return [row["train_lr"] for row in log_of(folder)]
 
 
-def average(folder):
-    return saved(folder / "checkpoint.pth")["model_ema"]
-
-
 @pytest.mark.parametrize("era", ERAS)
 def test_a_killed_run_continues_as_if_it_never_stopped(era, data, checkpoint, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -96,18 +93,18 @@ def test_a_killed_run_continues_as_if_it_never_stopped(era, data, checkpoint, tm
         kill_all(run, killed)
     before = saved(killed / "checkpoint.pth")
     assert before["epoch"] < EPOCHS - 1, "the run was over before it could be killed"
+    marked = {name: torch.full_like(value, 7) for name, value in before["model_ema"].items()}
+    torch.save({**before, "model_ema": marked}, killed / "marked.pth")  # before is still mapped
+    os.replace(killed / "marked.pth", killed / "checkpoint.pth")
     done = train("pets", *flags_for(killed, data, checkpoint), era=era)
     assert f"epoch {before['epoch'] + 1} comes next" in done.stdout
     assert [row["epoch"] for row in log_of(killed)] == list(range(EPOCHS))
     assert rates(killed) == rates(whole)
     evaluated = [["test_acc1" in row for row in log_of(folder)] for folder in (whole, killed)]
     assert evaluated[0] == evaluated[1]
-    # A weight average that was not restored would be at least as far off as one run of training.
-    start = saved(checkpoint)["model"]
-    for name, value in average(whole).items():
-        if name in start and name != "pos_embed":
-            drift = (value - start[name]).abs().max()
-            assert (average(killed)[name] - value).abs().max() <= 0.5 * drift + 1e-9, name
+    # Only an average that was restored is near the mark: it moves by 0.004 % a step.
+    average = saved(killed / "checkpoint.pth")["model_ema"]
+    assert all((value - 7).abs().max() < 0.2 for value in average.values())
 
 
 def test_a_finished_run_has_nothing_to_do_and_another_recipe_is_refused(data, checkpoint, tmp_path):
