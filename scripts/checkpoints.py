@@ -13,7 +13,7 @@ import torch
 import weights
 from failures import Refusal
 
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt")
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 
 
 def write_whole(path, write):
@@ -83,6 +83,12 @@ class RunFolder:
         """Write a checkpoint whole."""
         if self.writes:
             write_whole(self.path / name, lambda file: torch.save(state, file))
+
+    def describe(self, facts):
+        """Write ``run.json``: what is trained on what, and how long each epoch took."""
+        if self.writes:
+            write_whole(self.path / "run.json",
+                        lambda file: file.write(json.dumps(facts, indent=1).encode()))
 
     def cut_log(self, epochs):
         """Leave in ``log.txt`` the whole lines of the first ``epochs`` epochs.

@@ -12,18 +12,58 @@ import torch.distributed
 
 def adapt(main):
     """Make DeiT run on the CPU, alone and with several processes."""
-    main.utils.init_distributed_mode = init_with_gloo
-    main.utils.SmoothedValue.synchronize_between_processes = sum_over_processes
-    torch.cuda.synchronize = lambda device=None: None  # engine calls it after every step
-    torch.nn.parallel.DistributedDataParallel = DistributedDataParallelOnCpu
+    use_gloo(main)
+    sum_meters_on_cpu(main)
+    wait_for_no_gpu()
+    wrap_without_device_ids()
     keep_mixup_targets_on_cpu()
+    quieten_missing_gpu()
+
+
+def use_gloo(main):
+    """DeiT's ``init_distributed_mode`` knows nccl only, and takes a GPU for each process."""
+    main.utils.init_distributed_mode = init_with_gloo
+
+
+def sum_meters_on_cpu(main):
+    """DeiT's ``SmoothedValue`` sums over processes in a tensor on cuda."""
+    main.utils.SmoothedValue.synchronize_between_processes = sum_over_processes
+
+
+def wait_for_no_gpu():
+    """DeiT's ``engine`` calls ``torch.cuda.synchronize`` after every step."""
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def wrap_without_device_ids():
+    """DeiT passes ``device_ids``, which torch refuses for a model on the CPU."""
+    torch.nn.parallel.DistributedDataParallel = DistributedDataParallelOnCpu
+
+
+def keep_mixup_targets_on_cpu():
+    """Mixup puts its targets on cuda up to timm 0.4.12; later ones follow the batch."""
+    from timm.data import mixup
+
+    make_target = mixup.mixup_target
+    if "device" not in inspect.signature(make_target).parameters:
+        return
+
+    def mixup_target(target, num_classes, lam=1.0, smoothing=0.0, device=None):
+        return make_target(target, num_classes, lam, smoothing, device=target.device)
+
+    mixup.mixup_target = mixup_target
+
+
+def quieten_missing_gpu():
+    """Drop what mixed precision says, at every step, of a machine without a GPU."""
     for message in ("User provided device_type of 'cuda'", "CUDA is not available or torch_xla",
+                    "CUDA initialization: Found no NVIDIA driver",
                     r"torch\.cuda\.amp\.(autocast|GradScaler)"):
         warnings.filterwarnings("ignore", message=message)
 
 
 def init_with_gloo(args):
-    """DeiT's ``init_distributed_mode``, which has only nccl: sets rank, world_size, distributed."""
+    """DeiT's ``init_distributed_mode``: sets rank, world_size, distributed."""
     args.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not args.distributed:
         return
@@ -48,30 +88,16 @@ def silence_other_processes(rank):
 
 
 class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
-    """Takes DeiT's ``device_ids``, which torch refuses for a model on the CPU, and drops them."""
+    """Takes DeiT's ``device_ids`` and drops them."""
 
     def __init__(self, module, device_ids=None, **kwargs):
         super().__init__(module, **kwargs)
 
 
 def sum_over_processes(value):
-    """DeiT's ``SmoothedValue.synchronize_between_processes``, which has a tensor on cuda."""
+    """DeiT's ``SmoothedValue.synchronize_between_processes``."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     sums = torch.tensor([value.count, value.total], dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     value.count, value.total = int(sums[0]), sums[1].item()
-
-
-def keep_mixup_targets_on_cpu():
-    """Mixup puts its targets on cuda up to timm 0.5.4; later ones follow the batch."""
-    from timm.data import mixup
-
-    make_target = mixup.mixup_target
-    if "device" not in inspect.signature(make_target).parameters:
-        return
-
-    def mixup_target(target, num_classes, lam=1.0, smoothing=0.0, device=None):
-        return make_target(target, num_classes, lam, smoothing, device=target.device)
-
-    mixup.mixup_target = mixup_target

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import versions
 from failures import Refusal
 
 BUNDLE = Path(__file__).resolve().parent.parent
@@ -77,6 +78,7 @@ def _import_ours(name):
 def _import(name, whose):
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        what = f"cannot import {name} of {whose} with {sys.executable}: {error}"
-        raise Refusal(f"{what} (see requirements.txt)") from error
+    except Exception as error:  # versions too new for it can make it raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Refusal(f"cannot import {name} of {whose} with {versions.found()}: {reason} "
+                      "(README.md has the versions that work)") from error

@@ -1,4 +1,5 @@
 """How a run ends when something goes wrong: one line, once, and no process left behind."""
+import multiprocessing
 import os
 import sys
 import threading
@@ -99,8 +100,14 @@ def _leave(status):
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        # A failing process must not wait for its peers in some library's clean-up.
-        os._exit(status)
+        end_at_once(status)
+
+
+def end_at_once(status):
+    """Exit with the data workers, and without waiting for peers in some library's clean-up."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
 
 
 def watch_launcher():
@@ -116,4 +123,4 @@ def watch_launcher():
 def _wait_for_orphanhood(launcher):
     while os.getppid() == launcher:
         time.sleep(1)
-    os._exit(1)
+    end_at_once(1)

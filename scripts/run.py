@@ -1,6 +1,7 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main()`` runs it."""
 import builtins
 import os
+import time
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Run:
         self.epoch = None  # the one in training; None before the first
         self.unsaved = None  # the state after self.epoch, until its line is in log.txt
         self.best_accuracy = 0.0
+        self.seconds = []  # of each epoch, evaluation and saving included
         self.evaluated = True
         self.deit = {name: getattr(main, name)
                      for name in ("build_dataset", "create_model", "train_one_epoch")}
@@ -93,6 +95,7 @@ class Run:
         if self.continues:
             self.args.start_epoch = self.start["epoch"] + 1
             self.best_accuracy = self.start.get("max_accuracy", 0.0)
+            self.seconds = self.start.get("seconds", [])
         self.folder.cut_log(self.args.start_epoch)
 
     @property
@@ -146,7 +149,8 @@ class Run:
         """DeiT's, with lasting data workers; before the first epoch, restores and says the run."""
         if self.epoch is None:
             self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
-        self.commit()
+        else:
+            self.commit()
         self.epoch, self.loss_scaler = epoch, loss_scaler
         return self.deit["train_one_epoch"](
             model, criterion, self.loaders.training(data_loader), optimizer, device, epoch,
@@ -190,19 +194,31 @@ class Run:
     # Saving and continuing
 
     def commit(self):
-        """Write ``checkpoint.pth`` for the epoch that is complete, if it is due."""
+        """Note the epoch that is complete; write ``checkpoint.pth`` for it, if it is due."""
+        now = time.monotonic()
+        self.seconds.append(round(now - self.began, 2))
+        self.began = now
         if self.unsaved and schedule.is_due(self.epoch, self.args.save_freq, self.args.epochs):
             self._save("checkpoint.pth")
         self.unsaved = None
+        self._describe()
 
     def _save(self, name):
         state = {"scaler": self.loss_scaler.state_dict(), **self.unsaved,  # 1d38fa4 has no scaler
-                 "max_accuracy": self.best_accuracy, "recipe": self.recipe}
+                 "max_accuracy": self.best_accuracy, "recipe": self.recipe,
+                 "seconds": self.seconds}
         self.folder.save(name, state)
+
+    def _describe(self):
+        """Tell report.py what ``log.txt`` does not."""
+        self.folder.describe({
+            "recipe": self.recipe, "training images": len(self.datasets[True][0]),
+            "test images": len(self.datasets[False][0]), "seconds": self.seconds})
 
     def finish(self):
         """Write what is left to write; end the data workers and the process group."""
-        self.commit()
+        if self.epoch is not None:
+            self.commit()
         self.loaders.close()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -218,6 +234,8 @@ class Run:
         if self.continues:
             self._restore(optimizer, loss_scaler, model_ema)
         summary.show(self, data_loader, optimizer, builtins.print)
+        self.began = time.monotonic()
+        self._describe()
         self.start = None  # its memory is not needed any more
 
     def _check_same_start(self, device):

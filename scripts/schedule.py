@@ -1,7 +1,13 @@
 """When to evaluate, how evaluation is shared out, and loaders that keep their workers."""
+import time
+
 import torch
 import torch.distributed
 from torch.utils.data import DataLoader
+
+# Seconds. After a collective, a thread of gloo takes and frees Python's locks; a data worker forked
+# at that moment inherits one that nobody frees (Python before 3.12; seen once in 1000 launches).
+SETTLING = 0.05
 
 
 def is_due(epoch, every, epochs):
@@ -48,6 +54,7 @@ class LastingLoaders:
 
     def _lasting(self, purpose, loader, **options):
         if purpose not in self._loaders:
+            time.sleep(SETTLING)
             self._loaders[purpose] = DataLoader(
                 loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers,
                 pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,

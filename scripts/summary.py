@@ -1,5 +1,7 @@
 """The run in a few lines, printed by the first process before it trains."""
 
+PUBLISHED_STEP = 1024  # images; MoCo v3's: 8 GPUs x 128
+
 
 def show(run, data_loader, optimizer, say):
     """Say what is trained on what, from where, and how; ``say`` is a print function."""
@@ -12,10 +14,17 @@ def show(run, data_loader, optimizer, say):
     say(f"  start: {_start(run)}")
     say(f"  step: {_count(run.processes, 'process')} x {args.batch_size} images = {images_a_step} "
         f"images; {_count(len(data_loader), 'step')} an epoch, {args.epochs} epochs")
+    if images_a_step != PUBLISHED_STEP:
+        say(f"  published: {PUBLISHED_STEP} images a step{_keeping(run)}")
     say(f"  learning rate: {_rate(run, images_a_step)}, weight decay {args.weight_decay:g}")
     say(f"  evaluation: {_evaluations(args)}, each image once over all processes")
     say(f"  data workers: {args.num_workers} a process, for training and for evaluation")
     say(f"  output: {_output(args)}")
+
+
+def _keeping(run):
+    batch, rest = divmod(PUBLISHED_STEP, run.processes)
+    return "" if rest else f"; --batch-size {batch} keeps them"
 
 
 def _start(run):

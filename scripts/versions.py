@@ -41,6 +41,12 @@ def numbers(version):
     return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
 
 
+def found():
+    """The versions of what a run stands on, as 'torch 2.15.0, torchvision ...'."""
+    return ", ".join(f"{name} {importlib.import_module(name).__version__}"
+                     for name in ("torch", "torchvision", "timm"))
+
+
 def adapt_before_import():
     """Adaptations which DeiT's modules need to be imported at all."""
     quieten_age()
@@ -60,7 +66,7 @@ def restore_pil_interp():
     """
     from timm.data import transforms
 
-    if not hasattr(transforms, "_pil_interp"):
+    if not hasattr(transforms, "_pil_interp") and hasattr(transforms, "str_to_pil_interp"):
         transforms._pil_interp = transforms.str_to_pil_interp
 
 

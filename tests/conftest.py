@@ -4,6 +4,7 @@ The DeiT is the miniature in mini_deit/, or with DEIT_DIR set a real checkout.
 """
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ DEIT = Path(REAL_DEIT or ROOT / "tests" / "mini_deit").resolve()
 MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
                        else ("deit_micro_patch16_224", 64, 2))
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
-ERAS = [None] if REAL_DEIT else ["2020", "2021", "head"]
+ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
 RECIPES = ("cifar10", "cifar100", "flowers", "pets")
 
 
@@ -42,7 +43,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A converted checkpoint that fits MODEL."""
+    """A converted checkpoint that fits MODEL: the one named in CONVERTED, or one made here."""
+    if os.environ.get("CONVERTED"):
+        return Path(os.environ["CONVERTED"])
     folder = tmp_path_factory.mktemp("checkpoint")
     generate.moco_checkpoint(folder / "moco.pth.tar", width=WIDTH, depth=DEPTH)
     converted = folder / "converted.pth"
@@ -61,7 +64,7 @@ def environment(processes=2, **variables):
 def command(recipe, *flags, scripts=ROOT / "scripts"):
     """A launch of a recipe that takes seconds; ``flags`` come last."""
     small = ["--device", "cpu", "--model", MODEL, "--input-size", "32", "--batch-size", "8",
-             "--epochs", "2", "--eval-freq", "1", "--num_workers", "1"]
+             "--epochs", "2", "--eval-freq", "1", "--save-freq", "1", "--num_workers", "1"]
     return [str(part) for part in (scripts / f"{recipe}.sh", *small, *flags)]
 
 
@@ -70,6 +73,21 @@ def launch(recipe, *flags, processes=2, era=None, scripts=ROOT / "scripts", **va
     return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True,
                           text=True, timeout=600,
                           env=environment(processes, MINI_DEIT_ERA=era, **variables))
+
+
+def launch_instead(script, recipe, *flags, processes=2, era=None, without=(), **variables):
+    """As ``launch``, with another ``script`` of tests/ in the place of finetune.py.
+
+    without: parts of the command line to leave out.
+    """
+    printed = launch(recipe, *flags, "--dry-run", processes=processes, era=era, **variables).stdout
+    known = environment(processes, MINI_DEIT_ERA=era, **variables)
+    arguments = [str(ROOT / "tests" / script) if part.endswith("/finetune.py") else part
+                 for part in shlex.split(printed) if not part.startswith("DEIT_DIR=")]
+    for flag in without:
+        while flag in arguments:
+            del arguments[arguments.index(flag):arguments.index(flag) + 2]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=known)
 
 
 def train(recipe, *flags, **options):

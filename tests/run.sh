@@ -7,3 +7,4 @@ PYTHON=$(scripts/setup.sh requirements.txt requirements-dev.txt)
 "$PYTHON" -m ruff check .
 PATH="$(dirname -- "$PYTHON"):$PATH" shellcheck scripts/*.sh tests/*.sh .ci/run
 "$PYTHON" -m pytest "$@"
+if (($# == 0)); then tests/matrix s1; fi  # the oldest stack, where its Python is there

@@ -1,78 +1,18 @@
 """Runs that are killed, and what the next launch makes of the folder they leave."""
-import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import (
-    ERAS,
-    command,
-    environment,
-    errors_of,
-    launch,
-    log_of,
-    refusal_of,
-    saved,
-    train,
-)
+from conftest import ERAS, command, environment, errors_of, launch, log_of, refusal_of, saved, train
+from processes import finetune_processes, kill_all, lines_in, running, wait_for
 
 EPOCHS = 40  # of some 50 ms each in the miniature, so that there is time to kill
-
-
-@contextlib.contextmanager
-def running(recipe, *flags, processes=2, era=None, **variables):
-    """A launch that is under way; ended with all its processes when the block is left."""
-    process = subprocess.Popen(
-        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        universal_newlines=True, env=environment(processes, MINI_DEIT_ERA=era, **variables))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(condition, seconds=120):
-    """Poll until ``condition()`` holds; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
-
-
-def finetune_processes(folder):
-    """Process ids of the finetune.py processes, and their data workers, writing to ``folder``."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                line = (entry / "cmdline").read_bytes()
-                if b"finetune.py" in line and str(folder).encode() in line \
-                        and b"torch_launcher" not in line:
-                    found.append(int(entry.name))
-    return found
-
-
-def kill_all(run, folder):
-    """``kill -9`` for every process of a launch, as when its machine goes down."""
-    for process in [run.pid, *finetune_processes(folder)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait_for(lambda: not finetune_processes(folder), seconds=20)
-
-
-def lines_in(log):
-    return len(log.read_bytes().splitlines()) if log.exists() else 0
 
 
 def flags_for(folder, data, checkpoint):
