@@ -6,6 +6,7 @@ cut back to it. It is written after the epoch's line in ``log.txt``, so none can
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ class RunFolder:
         self.writes = writes and self.path is not None
         self._lock = None
 
-    def claim(self, overwrite):
-        """Make the folder, lock it until this process ends, and clear what a crash left behind.
+    def claim(self):
+        """Make the folder and lock it until this process ends.
 
         Raises Refusal if it cannot be written or another process holds it.
         """
@@ -61,12 +62,53 @@ class RunFolder:
                           "it, stop it, or choose another folder") from None
         except OSError as error:
             raise Refusal(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    def check_writable(self):
+        """Whether ``claim`` would succeed, in words, without making or changing anything.
+
+        Raises Refusal as it does.
+        """
+        existing = self._nearest_existing()
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise Refusal(f"--output_dir {self.path} cannot be written: see {existing}")
+        if (self.path / ".lock").exists():
+            with open(self.path / ".lock") as lock:
+                _refuse_if_locked(lock, self.path)
+        holds_run = (self.path / "checkpoint.pth").exists()
+        return f"{self.path}, {'which holds a run' if holds_run else 'a new run'}"
+
+    def _nearest_existing(self):
+        return next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
+
+    def begin(self, epochs, overwrite):
+        """Clear what a crash left behind, and leave the files of the first ``epochs`` epochs.
+
+        With ``overwrite`` no file of an earlier run stays.
+        """
+        if not self.writes:
+            return
         for left_over in self.path.glob(".*.tmp"):
             left_over.unlink()
         if overwrite:
             for name in RUN_FILES:
                 if (self.path / name).exists():
                     (self.path / name).unlink()
+        self._cut_log(epochs)
+
+    def check_space(self, parameters):
+        """The room that checkpoints take, in words. Raises Refusal if the disk has less.
+
+        A checkpoint holds the weights, their average and Adam's two moments in float32. There are
+        the last, the best, and the one being written.
+        """
+        needed = 3 * 4 * 4 * parameters
+        kept = sum((self.path / name).stat().st_size for name in RUN_FILES
+                   if (self.path / name).exists())
+        free = shutil.disk_usage(self._nearest_existing()).free + kept
+        if free < needed:
+            raise Refusal(f"--output_dir {self.path} needs {needed / 1e9:.1f} GB for checkpoints, "
+                          f"its disk has {free / 1e9:.1f} GB: make room or choose another folder")
+        return f"{needed / 1e9:.1f} GB needed for checkpoints, {free / 1e9:.1f} GB there"
 
     def previous(self):
         """The checkpoint to continue from, or None. Raises Refusal if it is damaged."""
@@ -90,14 +132,14 @@ class RunFolder:
             write_whole(self.path / "run.json",
                         lambda file: file.write(json.dumps(facts, indent=1).encode()))
 
-    def cut_log(self, epochs):
+    def _cut_log(self, epochs):
         """Leave in ``log.txt`` the whole lines of the first ``epochs`` epochs.
 
         With no epoch to keep, the file is set aside as ``log.txt.old``: without its checkpoint
         it may be all that is left of a finished run.
         """
-        log = self.path / "log.txt" if self.writes else None
-        if log is None or not log.exists():
+        log = self.path / "log.txt"
+        if not log.exists():
             return
         if epochs == 0:
             os.replace(log, self.path / "log.txt.old")
@@ -105,6 +147,13 @@ class RunFolder:
         kept = [line for line in log.read_bytes().splitlines(keepends=True)
                 if _epoch_of(line) in range(epochs)]
         write_whole(log, lambda file: file.writelines(kept))
+
+
+def _refuse_if_locked(lock, folder):
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        raise Refusal(f"--output_dir {folder} is being written by another run") from None
 
 
 def _epoch_of(line):

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
 """What every process of a run executes: find DeiT, adapt it from outside, call its main(args)."""
+import sys
+
 import deit
 import failures
 import options
@@ -9,18 +11,29 @@ import versions
 def main():
     """Fine-tune, with DeiT's flags and those of options.py on the command line."""
     failures.watch_launcher()
-    folder = deit.find()
-    versions.check()
-    versions.adapt_before_import()
-    deit_main = deit.import_main(folder)
-    versions.adapt(deit_main)
+    try:
+        deit_main = import_deit()
+    except failures.Refusal as refusal:
+        verdict = "\nverdict: not ready" if "--check" in sys.argv else ""
+        raise failures.Refusal(f"{refusal}{verdict}") from refusal
     import datasets  # ours, which deit.import_main has made sure of
 
     run(deit_main, options.parse(deit_main, datasets.DATA_SETS))
 
 
+def import_deit():
+    """DeiT's ``main`` module, adapted to the versions that are here."""
+    folder = deit.find()
+    versions.check()
+    versions.adapt_before_import()
+    deit_main = deit.import_main(folder)
+    versions.adapt(deit_main)
+    return deit_main
+
+
 def run(deit_main, args):
     """Run DeiT's ``main(args)`` with a Run in the place of its functions."""
+    import check
     import cpu
     import moco_v3_vit  # noqa: F401  (registers its model with timm)
     from run import Run
@@ -28,6 +41,9 @@ def run(deit_main, args):
     if args.device == "cpu":
         cpu.adapt(deit_main)
     this_run = Run(deit_main, args)
+    if args.check:
+        check.report(this_run)
+        return
     this_run.prepare()
     if this_run.is_over:
         print(f"{args.output_dir} has all {args.epochs} epochs: nothing left to train")

@@ -17,6 +17,7 @@ last, so each overrides the recipe's.
   --output_dir DIR   takes checkpoint.pth, best_checkpoint.pth and log.txt; the same command again
                      continues a run that was stopped
   --device cpu       rehearse without a GPU
+  --check            check all that a launch needs, and every image; train nothing
   --dry-run          print the complete command and stop
   --all-flags        list every flag, DeiT's and ours
   --help             this text
@@ -46,6 +47,7 @@ for argument in "$@"; do
         --help | -h) usage; exit 0 ;;
         --all-flags) exec "${PYTHON:-python3}" "$here/finetune.py" --help ;;
         --dry-run) dry_run=yes ;;
+        --check) check=yes ;;
         *) command+=("$argument") ;;
     esac
 done
@@ -59,5 +61,12 @@ fi
 if ! command -v "${PYTHON:-python3}" >/dev/null; then
     echo "error: PYTHON=${PYTHON:-python3} is not a command: set PYTHON to your Python" >&2
     exit 2
+fi
+if [[ -n ${check:-} ]]; then
+    export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+    while [[ ${command[2]} != "$here/finetune.py" ]]; do  # no launcher, one process
+        command=("${command[@]:0:2}" "${command[@]:3}")
+    done
+    command+=(--check)
 fi
 exec "${command[@]}"

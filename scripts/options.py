@@ -34,6 +34,8 @@ def _offer(parser, data_sets):
                       help="start anew in an --output_dir that holds a run, deleting that run")
     ours.add_argument("--download", action="store_true",
                       help="fetch Flowers or Pets where absent (CIFAR always is)")
+    ours.add_argument("--check", action="store_true",
+                      help="check what a launch needs, and every image; train nothing")
     parser.set_defaults(num_workers=_sensible_workers())
 
 
@@ -41,6 +43,11 @@ def _sensible_workers():
     """DeiT's 10 data workers for each process, or fewer where there are fewer cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def planned_processes():
+    """How many processes a launch would have, as launch.sh tells --check; else 1."""
+    return int(os.environ.get("NPROC_PER_NODE", 1)) * int(os.environ.get("NNODES", 1))
 
 
 def _check(args):

@@ -12,12 +12,13 @@ import schedule
 import summary
 import weights
 from checkpoints import RunFolder
+from datasets import DATA_SETS
 from failures import Refusal
 
 # What may differ between a run and its continuation; all else is the recipe.
 NOT_RECIPE = {"output_dir", "data_path", "device", "num_workers", "pin_mem", "dist_url",
               "world_size", "batch_size", "start_epoch", "resume", "eval", "eval_freq",
-              "save_freq", "overwrite", "download", "dist_eval", "distributed"}
+              "save_freq", "overwrite", "download", "check", "dist_eval", "distributed"}
 
 
 class Run:
@@ -27,13 +28,15 @@ class Run:
         self.main = main
         self.args = args
         self.rank = int(os.environ.get("RANK", 0))
-        self.processes = int(os.environ.get("WORLD_SIZE", 1))
+        planned = options.planned_processes() if args.check else 1
+        self.processes = int(os.environ.get("WORLD_SIZE") or planned)
         self.recipe = self._recipe()
         self.resume, args.resume = args.resume, ""  # DeiT's own loading is late, and too strict
         self.folder = RunFolder(args.output_dir, writes=self.rank == 0 and not args.eval)
         self.loaders = schedule.LastingLoaders()
         self.datasets = {}
         self.start = self.start_path = None  # the checkpoint this run starts or continues from
+        self.parameters = None  # of the model, once it is made
         self.epoch = None  # the one in training; None before the first
         self.unsaved = None  # the state after self.epoch, until its line is in log.txt
         self.best_accuracy = 0.0
@@ -58,28 +61,55 @@ class Run:
 
     def prepare(self):
         """Check all that can be checked before the GPUs are taken. Raises Refusal."""
-        self._check_device()
-        for is_train in (True, False):
-            self.datasets[is_train] = self._build_dataset(is_train)
-        self.folder.claim(self.args.overwrite)
-        self._find_start()
+        for _, check in self.checks():
+            check()
+        self.folder.begin(self.args.start_epoch, self.args.overwrite)
 
-    def _check_device(self):
+    def checks(self):
+        """Names and functions; each raises Refusal, or returns in words what it found."""
+        return (("processes", self._check_processes), ("data set", self._build_datasets),
+                ("output", self._check_output), ("start", self._find_start),
+                ("model", self._make_model), ("disk", self._check_space))
+
+    def _check_processes(self):
         if not self.args.device.startswith("cuda"):
-            return
-        gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+            return f"on {self.args.device}"
+        gpus = torch.cuda.device_count()
+        if gpus == 0 and self.args.check:
+            return "this machine has no GPU, so they could not be counted"
         if gpus == 0:
             raise Refusal("no GPU found: pass --device cpu to rehearse without one "
                           "(and NPROC_PER_NODE=2, say)")
-        if local_rank >= gpus:
-            raise Refusal(f"more processes than the {gpus} GPUs of this machine: set "
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("NPROC_PER_NODE") or 1)
+        if wanted > gpus:
+            raise Refusal(f"{wanted} processes are more than the {gpus} GPUs of this machine: set "
                           f"NPROC_PER_NODE={gpus}")
+        return f"{wanted} on {gpus} GPUs"
 
-    def _build_dataset(self, is_train):
-        try:
-            return self.deit["build_dataset"](is_train=is_train, args=self.args)
-        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise Refusal(str(error)) from error
+    def _build_datasets(self):
+        for is_train in (True, False):
+            try:
+                self.datasets[is_train] = self.deit["build_dataset"](is_train=is_train,
+                                                                     args=self.args)
+            except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+                raise Refusal(str(error)) from error
+        (training, classes), (test, _) = self.datasets[True], self.datasets[False]
+        if -(-len(training) // self.processes) < self.args.batch_size and not self.args.eval:
+            self._refuse_empty_epoch(len(training))
+        return f"{len(training)} training and {len(test)} test images, {classes} classes"
+
+    def _refuse_empty_epoch(self, images):
+        raise Refusal(f"no full batch in an epoch: {images} training images over "
+                      f"{self.processes} processes are less than --batch-size "
+                      f"{self.args.batch_size} each; use fewer processes or a smaller batch")
+
+    def _check_output(self):
+        if not self.args.output_dir:
+            return "no --output_dir: nothing is saved"
+        if self.args.check:
+            return self.folder.check_writable()
+        self.folder.claim()
+        return str(self.folder.path)
 
     def _find_start(self):
         """Continue what ``--output_dir`` holds, or else start from ``--resume``."""
@@ -96,7 +126,30 @@ class Run:
             self.args.start_epoch = self.start["epoch"] + 1
             self.best_accuracy = self.start.get("max_accuracy", 0.0)
             self.seconds = self.start.get("seconds", [])
-        self.folder.cut_log(self.args.start_epoch)
+        return self.start_path or "random weights (no --resume)"
+
+    def _make_model(self):
+        """Make the model and load its weights; DeiT gets it, and the random state, when it asks.
+
+        Made from DeiT's own seed, it is the one that DeiT would make then.
+        """
+        torch.manual_seed(self.args.seed + self.rank)
+        before = torch.get_rng_state()
+        _, classes = DATA_SETS[self.args.data_set]
+        arguments = self._model_arguments(
+            num_classes=classes, drop_rate=self.args.drop, drop_path_rate=self.args.drop_path,
+            img_size=self.args.input_size)
+        self.model = self._create_model(self.args.model, arguments)
+        self.prepared = arguments, before, torch.get_rng_state()
+        self.parameters = sum(value.numel() for value in self.model.parameters())
+        return f"{self.args.model}, {self.parameters:,} parameters"
+
+    def _check_space(self):
+        if self.args.eval or not self.args.output_dir or self.rank:
+            return "nothing is saved"
+        if not self.parameters:
+            raise Refusal("cannot be judged, since there is no model")
+        return self.folder.check_space(self.parameters)
 
     @property
     def continues(self):
@@ -125,15 +178,26 @@ class Run:
         return self.datasets[is_train]
 
     def create_model(self, name, **kwargs):
-        """Make the model and load its weights at once, before DeiT copies it for its average.
+        """The model that was made, and loaded, before DeiT took the GPUs and copies its average.
 
         All commits need this: DeiT loads ``--resume`` after the copy is made, so that the average
         starts from random weights, and cannot load a checkpoint without a head.
         """
-        if self.args.input_size != 224:
-            kwargs["img_size"] = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it
+        prepared, before, after = self.prepared
+        arguments = self._model_arguments(**kwargs)
+        if arguments == prepared and torch.equal(torch.get_rng_state(), before):
+            torch.set_rng_state(after)
+            return self.model
+        return self._create_model(name, arguments)
+
+    def _model_arguments(self, **kwargs):
+        """What differs from a model's defaults; 1d38fa4 and e6b10b5 do not pass img_size."""
+        kwargs["img_size"] = None if self.args.input_size == 224 else self.args.input_size
+        return {name: value for name, value in kwargs.items() if value not in (None, False)}
+
+    def _create_model(self, name, arguments):
         try:
-            model = self.deit["create_model"](name, **kwargs)
+            model = self.deit["create_model"](name, **arguments)
         except (RuntimeError, KeyError) as error:
             raise Refusal(f"--model {name}: neither DeiT nor timm has a model of that name "
                           f"({error})") from error
@@ -225,10 +289,7 @@ class Run:
 
     def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
         if len(data_loader) == 0:
-            images = len(data_loader.dataset)
-            raise Refusal(f"no full batch in an epoch: {images} training images over "
-                          f"{self.processes} processes are less than --batch-size "
-                          f"{self.args.batch_size} each; use fewer processes or a smaller batch")
+            self._refuse_empty_epoch(len(data_loader.dataset))
         if self.processes > 1:
             self._check_same_start(device)
         if self.continues:
