@@ -9,11 +9,12 @@ import importlib.util
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
+import warnings
 
 import failures
+import ports
 
 
 def main():
@@ -30,9 +31,7 @@ def _with_port(arguments):
     """torch's launcher takes port 29500 unless told: two runs on one machine would collide."""
     if any(argument.startswith("--master_port") for argument in arguments):
         return arguments
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return ["--master_port", str(probe.getsockname()[1]), *arguments]
+    return ["--master_port", str(ports.free()), *arguments]
 
 
 def _launch(arguments):
@@ -40,21 +39,34 @@ def _launch(arguments):
     if importlib.util.find_spec("torch") is None:
         return _say(f"torch is not installed for {sys.executable}: pip install -r requirements.txt")
     try:
+        _check_port(arguments)
         if importlib.util.find_spec("torch.distributed.run"):
             return _elastic(arguments)
         return _legacy(arguments)
+    except failures.Refusal as refusal:
+        return _say(refusal)
     except KeyboardInterrupt:
         return _say("stopped by Ctrl-C", 130)
+
+
+def _check_port(arguments):
+    """The first machine must be able to listen on the port that the user chose."""
+    port, rank = (arguments[arguments.index(flag) + 1]
+                  for flag in ("--master_port", "--node_rank"))
+    if rank == "0":
+        ports.check(port)
 
 
 def _elastic(arguments):
     """torch 1.9 and newer."""
     from torch.distributed import run
+    from torch.distributed.elastic.agent.server import api
     from torch.distributed.elastic.multiprocessing import errors
 
-    # Its log repeats, in some twenty lines, that a process failed; the process has said why.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Both repeat, in up to twenty lines, that a process failed; the process has said why.
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    _wait_for_successes_only(api.SimpleElasticAgent)
     try:
         run.main(arguments)
     except errors.ChildFailedError as error:
@@ -64,6 +76,17 @@ def _elastic(arguments):
             raise
         return _say(f"stopped by {signal.Signals(error.sigval).name}", 128 + error.sigval)
     return 0
+
+
+def _wait_for_successes_only(agent):
+    """Until torch 2.3 a failure, too, waits five minutes for machines that may be gone."""
+    wait = agent._exit_barrier
+
+    def exit_barrier(self):
+        if self._worker_group.state.name == "SUCCEEDED":
+            wait(self)
+
+    agent._exit_barrier = exit_barrier
 
 
 def _legacy(arguments):
@@ -82,7 +105,10 @@ def _legacy(arguments):
 
 
 def _stop_when_one_failed(*_):
-    ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # torch waits for the last one itself; there this would mean status 0
+        return
     if ended is None or (ended.si_code == os.CLD_EXITED and ended.si_status == 0):
         return
     code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
