@@ -64,7 +64,7 @@ class TensorPickle:
 
 
 class StorageScanner(TensorUnpickler):
-    """Unpickles a file as torch saved it before 1.6, noting its storages and making no tensor."""
+    """Unpickles a checkpoint, noting each storage's length and bytes; it makes no tensor."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -76,7 +76,7 @@ class StorageScanner(TensorUnpickler):
 
     def persistent_load(self, saved_id):
         _, kind, key, _, length = saved_id[:5]
-        self.storages[key] = kind, length
+        self.storages[key] = length, length * kind().element_size()
 
 
 class PostponingFile:
@@ -133,13 +133,23 @@ def _check_tensors(state_dict):
         raise ConversionError(f"state_dict has a name that is not a string; {WANTED}")
     for name, tensor in state_dict.items():
         if not _is_dense(tensor):
-            raise ConversionError(f"{name!r} in state_dict is not a dense tensor; {WANTED}")
+            raise ConversionError(f"{name!r:.80} in state_dict is not a dense tensor; {WANTED}")
 
 
 def _is_dense(tensor):
     return (isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
             and tensor.device.type != "meta" and not tensor.is_quantized
-            and not tensor.is_complex())
+            and not tensor.is_complex() and _bytes(tensor) <= _storage_bytes(tensor))
+
+
+def _bytes(tensor):
+    return math.prod(tensor.shape) * tensor.element_size()  # torch 1.7's numel() overflows
+
+
+def _storage_bytes(tensor):
+    untyped = hasattr(tensor, "untyped_storage")  # since torch 2.0, where storage() warns
+    storage = tensor.untyped_storage() if untyped else tensor.storage()
+    return storage.size() * storage.element_size()
 
 
 def _find_prefix(state_dict):
@@ -158,10 +168,7 @@ def _find_prefix(state_dict):
 def _without_surplus(tensor):
     """The tensor without gradient, copied if saving it would save a larger storage with it."""
     tensor = tensor.detach()
-    untyped = hasattr(tensor, "untyped_storage")  # since torch 2.0, where storage() warns
-    storage = tensor.untyped_storage() if untyped else tensor.storage()
-    surplus = storage.size() * storage.element_size() > tensor.numel() * tensor.element_size()
-    return tensor.clone() if surplus else tensor
+    return tensor.clone() if _storage_bytes(tensor) > _bytes(tensor) else tensor
 
 
 def _check_vision_transformer(model):
@@ -215,7 +222,7 @@ def read_checkpoint(path):
     try:
         return _load_tensors(path, is_zip=start.startswith(b"PK"))
     except Exception as error:  # hostile bytes make torch.load raise almost anything
-        refused = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        refused = re.search(r"(?:GLOBAL|class) ([\w.]{1,80})", str(error))
         if refused:
             raise ConversionError(f"it holds {refused.group(1)}, which no MoCo v3 checkpoint does "
                                   f"(DeiT's may, and need no conversion); {WANTED}") from error
@@ -224,8 +231,9 @@ def read_checkpoint(path):
 
 
 def _load_tensors(path, is_zip):
+    as_it_is = is_zip and _check_archive(path)
     if _can_map():
-        return torch.load(path, "cpu", weights_only=True, mmap=is_zip and _is_uncompressed(path))
+        return torch.load(path, "cpu", weights_only=True, mmap=as_it_is)
     if not is_zip:
         _check_storages(path)
     original = torch.serialization.pickle
@@ -236,6 +244,27 @@ def _load_tensors(path, is_zip):
         torch.serialization.pickle = original
 
 
+def _check_archive(path):
+    """Whether a zip file holds every tensor as it is, which torch takes for granted in mapping.
+
+    Raises EOFError if a storage is not as long as torch takes for granted in reading it, and
+    ValueError if the file unpacks to so much that only malice can have packed it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        for name in members:
+            archive.open(name).close()  # compares what is said of it in two places
+        if sum(member.file_size for member in members.values()) > 100 * os.path.getsize(path):
+            raise ValueError
+        pickled, = (name for name in members if name.endswith("/data.pkl"))
+        scanner = StorageScanner(archive.open(pickled))
+        scanner.load()
+    for key, (_, size) in scanner.storages.items():
+        if members[f"{pickled[:-len('.pkl')]}/{key}"].file_size != size:
+            raise EOFError
+    return not any(member.compress_type for member in members.values())
+
+
 def _check_storages(path):
     """Raise EOFError unless all storages follow; torch before 1.13 corrupts its memory if not."""
     with open(path, "rb") as file:
@@ -244,18 +273,12 @@ def _check_storages(path):
         scanner = StorageScanner(file)
         scanner.load()
         for key in TensorPickle.load(file):
-            kind, length = scanner.storages[key]
+            length, size = scanner.storages[key]
             if int.from_bytes(file.read(8), sys.byteorder) != length:
                 raise EOFError
-            file.seek(length * kind().element_size(), os.SEEK_CUR)
+            file.seek(size, os.SEEK_CUR)
         if file.tell() > os.path.getsize(path):
             raise EOFError
-
-
-def _is_uncompressed(path):
-    """Whether a zip file holds every tensor as it is, which torch takes for granted in mapping."""
-    with zipfile.ZipFile(path) as archive:
-        return not any(entry.compress_type for entry in archive.infolist())
 
 
 def _can_map():
@@ -323,8 +346,7 @@ def _is_same(one, other):
 
 def _memory(tensor):
     """The bytes of a contiguous tensor: in them NaN equals itself, and -0.0 is not 0.0."""
-    size = tensor.numel() * tensor.element_size()
-    return (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return (ctypes.c_char * _bytes(tensor)).from_address(tensor.data_ptr())
 
 
 def check_paths(source, target):

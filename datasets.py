@@ -15,6 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.vision import VisionDataset
 
 from oxford_flowers_dataset import Flowers, Resource, download_missing, exclusive, one_line
 from oxford_pets_dataset import Pets
@@ -151,11 +152,9 @@ class CheckedCIFAR:
         archive = Resource(self.filename, self.tgz_md5, self.base_folder)
         download_missing(root, self.url[: -len(self.filename)], [archive])
         unofficial = _unofficial_files(type(self), root)
-        # Checked above; without an md5, torchvision only looks whether a file is there.
-        self.train_list = [(name, None) for name, _ in self.train_list]
-        self.test_list = [(name, None) for name, _ in self.test_list]
-        self.meta = dict(self.meta, md5=None)
-        super().__init__(root, train, transform, target_transform)
+        VisionDataset.__init__(self, root, transform=transform, target_transform=target_transform)
+        self.train = train
+        self._read(os.path.join(root, self.base_folder))
         if unofficial:
             split, official = ("training", 50000) if train else ("test", 10000)
             warnings.warn(
@@ -163,6 +162,16 @@ class CheckedCIFAR:
                 f"official set {official}; not the official files (md5): {', '.join(unofficial)}",
                 stacklevel=2,
             )
+
+    def _read(self, folder):
+        """What torchvision's __init__ does, which unpickles whatever it finds."""
+        files = self.train_list if self.train else self.test_list
+        parts = [_read_arrays(os.path.join(folder, name)) for name, _ in files]
+        images = np.concatenate([part["data"] for part in parts])
+        self.data = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        self.targets = [label for part in parts for label in _labels(part)]
+        self.classes = _read_arrays(os.path.join(folder, self.meta["filename"]))[self.meta["key"]]
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
 
 
 class CIFAR10(CheckedCIFAR, torchvision.datasets.CIFAR10):
@@ -259,13 +268,29 @@ def _read_arrays(path):
         return ArrayUnpickler(file, encoding="latin1").load()
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain values; refuses all else."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Unpickles NumPy arrays of bytes and plain values; refuses all else.
+
+    The Python implementation, since the C one allocates gigabytes at a single damaged byte. And
+    nothing that could be called makes an array of any size from nothing.
+    """
 
     def find_class(self, module, name):
         if (module, name) not in ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.80}")
+        stand_ins = {"ndarray": None, "_reconstruct": _no_bytes, "dtype": _byte_type}
+        return stand_ins[name] if name in stand_ins else super().find_class(module, name)
+
+
+def _no_bytes(*_):
+    """The array whose contents the pickle then sets."""
+    return np.empty(0, np.uint8)
+
+
+def _byte_type(kind, *_):
+    if kind != "u1":
+        raise pickle.UnpicklingError("it has an array of other numbers than bytes")
+    return np.dtype(kind)
 
 
 def _check_contents(cifar, name, contents):
@@ -275,13 +300,17 @@ def _check_contents(cifar, name, contents):
             raise ValueError(f"{cifar.meta['key']!r} must be a list of names")
         return
     images = contents["data"]
-    labels = contents["labels" if "labels" in contents else "fine_labels"]
+    labels = _labels(contents)
     if type(images) is not np.ndarray or images.dtype != np.uint8 or images.shape[1:] != (3072,):
         raise ValueError("'data' must be a uint8 array of shape (N, 3072)")
     if type(labels) is not list or len(labels) != len(images):
         raise ValueError(f"labels must be a list of {len(images)}, as there are images")
     if not all(type(label) is int and 0 <= label < cifar.CLASSES for label in labels):
         raise ValueError(f"labels must be whole numbers from 0 to {cifar.CLASSES - 1}")
+
+
+def _labels(contents):
+    return contents["labels" if "labels" in contents else "fine_labels"]
 
 
 # Name of a data set: its class and its number of classes.

@@ -9,19 +9,24 @@ import fcntl
 import http.client
 import os
 import shutil
+import struct
 import warnings
+import zlib
 from typing import NamedTuple
 
 import numpy as np
-import scipy.io
 from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.datasets.vision import VisionDataset
 
-# The real files have 502 bytes and 15 kB. Compressed contents may grow a thousandfold in memory.
+# The real files have 502 bytes and 15 kB.
 MAT_FILE_LIMIT = 256 * 1024
-INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-NUMERIC = INTEGERS | {"double", "single"}
+# What an element of a MATLAB 5 file is: a variable, a compressed one, or numbers (NumPy's names).
+VARIABLE, COMPRESSED = 14, 15
+NUMBERS = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8",
+           12: "<i8", 13: "<u8"}
+NUMERIC_CLASSES = range(6, 16)
+COMPLEX_OR_LOGICAL = 0b1010
 
 
 class Resource(NamedTuple):
@@ -62,9 +67,11 @@ def download_missing(root, base_url, resources):
     killed leaves only the folder `download.part`, which the next one uses and removes.
     """
     missing = [item for item in resources if not _is_there(os.path.join(root, item.yields))]
+    part = os.path.join(root, "download.part")
     if not missing:
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed with all installed
         return
-    part, item = os.path.join(root, "download.part"), missing[0]
+    item = missing[0]
     try:
         os.makedirs(root, exist_ok=True)
         with exclusive(root):
@@ -206,19 +213,16 @@ class Flowers(LabelledImages):
 
 
 def read_row(path, variable, highest):
-    """The 1 x N variable of a MATLAB file: whole numbers from 1 to `highest`, as int64."""
+    """The 1 x N variable of a MATLAB 5 file: whole numbers from 1 to `highest`, as int64.
+
+    Read without SciPy, which a damaged file can crash, and a small one can have fill the memory.
+    """
     if os.path.getsize(path) > MAT_FILE_LIMIT:
         raise ValueError(f"{path} is larger than {MAT_FILE_LIMIT} bytes: not the official file")
     try:
-        # The headers first, for the contents of other kinds nest to any depth.
-        headers = scipy.io.whosmat(path, appendmat=False)
-        found = [(shape, kind) for name, shape, kind in headers if name == variable]
-        if len(found) != 1 or found[0][1] not in NUMERIC or found[0][0][:-1] != (1,):
-            raise ValueError(f"expected one 1 x N row of numbers, found {found or 'none'}")
-        row = scipy.io.loadmat(path, appendmat=False, variable_names=[variable])[variable][0]
-        if row.dtype.kind not in "iuf":
-            raise ValueError(f"expected whole numbers, found {row.dtype}")
-    except Exception as error:  # SciPy raises all sorts on a broken file
+        with open(path, "rb") as file:
+            row = _find_row(file.read(), variable)
+    except (ValueError, IndexError, struct.error, zlib.error) as error:
         raise ValueError(f"{path}: cannot read {variable!r}: {one_line(error)}") from error
     # In float64, NaN and 8-bit numbers compare as they should.
     values = row.astype(np.float64)
@@ -227,3 +231,52 @@ def read_row(path, variable, highest):
         wrong = f"it has {values[~valid][0]:g}" if len(values) else "it is empty"
         raise ValueError(f"{path}: {variable!r} must hold numbers from 1 to {highest}; {wrong}")
     return values.astype(np.int64)
+
+
+def _find_row(content, variable):
+    if content[124:128] != b"\0\1IM":
+        raise ValueError("it is no MATLAB 5 file")
+    found = []
+    for kind, element in _elements(memoryview(content)[128:]):
+        if kind == COMPRESSED:
+            [(kind, element)] = _elements(_decompress(element))
+        parts = list(_elements(element)) if kind == VARIABLE else []
+        if len(parts) > 2 and parts[2][1] == variable.encode():
+            found.append(parts)
+    if len(found) != 1:
+        raise ValueError(f"expected one variable of that name, found {len(found)}")
+    return _row(*found[0])
+
+
+def _elements(content):
+    """Kind and content of each element, one after the other."""
+    while content:
+        kind, size = struct.unpack_from("<II", content)
+        start = 8
+        if kind >> 16:  # up to four bytes stand in the place of the size
+            kind, size, start = kind & 0xFFFF, kind >> 16, 4
+        if start + size > len(content):
+            raise ValueError("it is cut off")
+        yield kind, content[start:start + size]
+        padding = 0 if kind == COMPRESSED else -(start + size) % 8
+        content = content[start + size + padding:]
+
+
+def _decompress(element):
+    decompressor = zlib.decompressobj()
+    content = decompressor.decompress(element, MAT_FILE_LIMIT)
+    if not decompressor.eof:
+        raise ValueError(f"it is cut off, or has more than {MAT_FILE_LIMIT} bytes when unpacked")
+    return memoryview(content)
+
+
+def _row(flags, shape, name, *numbers):
+    """The numbers of a variable's elements, each a kind and a content."""
+    shape = np.frombuffer(shape[1], "<i4")
+    if (flags[1][0] not in NUMERIC_CLASSES or flags[1][1] & COMPLEX_OR_LOGICAL or len(shape) != 2
+            or shape[0] != 1 or len(numbers) != 1 or numbers[0][0] not in NUMBERS):
+        raise ValueError("expected a 1 x N row of numbers")
+    row = np.frombuffer(numbers[0][1], NUMBERS[numbers[0][0]])
+    if len(row) != shape[1]:
+        raise ValueError(f"{len(row)} numbers instead of {shape[1]}")
+    return row

@@ -7,8 +7,9 @@ from oxford_flowers_dataset import LabelledImages, Resource
 
 # The real files have about 100 kB.
 SPLIT_FILE_LIMIT = 4 * 1024 * 1024
-# Image, class, species, breed. A name without a separator stays inside the image folder.
-SPLIT_LINE = re.compile(r"([^\s/\\]+)\s+(\d{1,2})\s+\d+\s+\d+\s*", re.ASCII)
+# Image, class, species, breed. A name without a separator stays inside the image folder; a short
+# one of printable characters can be shown.
+SPLIT_LINE = re.compile(r"([!-.0-\[\]-~]{1,200})\s+(\d{1,2})\s+\d+\s+\d+\s*", re.ASCII)
 
 
 class Pets(LabelledImages):

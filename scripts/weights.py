@@ -1,4 +1,6 @@
 """Loading weights, checked: exactly the head may be missing, nothing may be left over."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -42,8 +44,20 @@ def _check_kind(checkpoint, path):
         raise Refusal(f"{path} holds no 'model': pass what convert_to_deit.py wrote, or a "
                       "checkpoint of a fine-tuning run")
     for name, value in model.items():
-        if not isinstance(value, torch.Tensor):
-            raise Refusal(f"{path}: model[{name!r}] is no tensor but {type(value).__name__}")
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise Refusal(f"{path}: model[{name!r:.80}] is no tensor but {type(value).__name__}")
+        if not _is_whole(value):
+            raise Refusal(f"{path}: model[{name!r:.80}] has fewer numbers than its shape says")
+
+
+def _is_whole(tensor):
+    """Whether it has a number in memory for each it shows, not a few that repeat without end."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+        return False
+    untyped = hasattr(tensor, "untyped_storage")  # since torch 2.0, where storage() warns
+    storage = tensor.untyped_storage() if untyped else tensor.storage()
+    shown = math.prod(tensor.shape) * tensor.element_size()
+    return shown <= storage.size() * storage.element_size()
 
 
 def load(model, weights, path, model_name, head_may_miss=True):
@@ -74,7 +88,7 @@ def _difference(own, weights):
         return f"{len(missing)} tensors are missing, the first is {missing[0]}"
     left_over = [name for name in weights if name not in own]
     if left_over:
-        return f"{len(left_over)} tensors are left over, the first is {left_over[0]}"
+        return f"{len(left_over)} tensors are left over, the first is {left_over[0]!r:.80}"
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             return f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
@@ -85,7 +99,7 @@ def _advice(weights):
     """Which ``--model`` the weights are of, as far as their shapes tell."""
     if "patch_embed.proj.0.weight" in weights:
         return "; it has a convolutional stem, of which DeiT has no model"
-    width = weights["cls_token"].shape[-1] if "cls_token" in weights else None
+    width = next(reversed(weights["cls_token"].shape), None) if "cls_token" in weights else None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     name = {192: "deit_tiny_patch16_224", 384: "moco_v3_vit_small_patch16_224",
             768: "deit_base_patch16_224"}.get(width if depth == 12 else None)
@@ -100,7 +114,7 @@ def _check_attention_heads(model, weights, path, model_name):
     MoCo v3's fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
     """
     table = weights.get("pos_embed")
-    if table is None or table.shape[-1] != 384 or not _is_sin_cos(table):
+    if table is None or table.dim() != 3 or table.shape[-1] != 384 or not _is_sin_cos(table):
         return
     heads = model.blocks[0].attn.num_heads
     if heads != MOCO_V3_HEADS:
@@ -120,7 +134,7 @@ def _is_sin_cos(table):
 
 
 def _side(table):
-    return int((table.shape[1] - 1) ** 0.5)
+    return int(max(table.shape[1] - 1, 0) ** 0.5)
 
 
 def resample_position_embedding(weights, own):

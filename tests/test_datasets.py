@@ -1,11 +1,8 @@
 """The four data sets: what they yield, what they refuse, and many processes building them."""
 
-import contextlib
 import functools
 import hashlib
-import http.server
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -13,7 +10,6 @@ import shutil
 import signal
 import sys
 import tarfile
-import threading
 import time
 import warnings
 import zlib
@@ -35,12 +31,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import datasets  # noqa: E402  found through the path set above
 import generate  # noqa: E402
+import loopback  # noqa: E402
 import oxford_flowers_dataset  # noqa: E402
+from loopback import FORK  # noqa: E402
 from oxford_flowers_dataset import Flowers, Resource  # noqa: E402
 from oxford_pets_dataset import Pets  # noqa: E402
 
 assert Path(datasets.__file__).parent == ROOT
-FORK = multiprocessing.get_context("fork")
 # Small sets are meant to warn about their counts.
 pytestmark = pytest.mark.filterwarnings("ignore:.*official")
 
@@ -334,6 +331,24 @@ def test_flower_ids_beyond_the_labels(copy):
     one_line(error, folder / "setid.mat", "trnid", "307", "306")
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32,
+                                   np.int64, np.uint64, np.float32, np.float64])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_rows_are_those_that_scipy_reads(tmp_path, dtype, compressed):
+    path, others = tmp_path / "row.mat", {"text": "labels", "cell": np.array([[1, "a"]], object)}
+    for length in (1, 2, 3, 4, 5, 8, 100):  # up to 4 bytes stand within a header
+        row = np.arange(1, length + 1).astype(dtype)[None]
+        contents = {"a": np.ones((3, 3)), "labels": row, **others}
+        scipy.io.savemat(str(path), contents, do_compression=compressed)
+        expected = scipy.io.loadmat(str(path))["labels"][0]
+        found = oxford_flowers_dataset.read_row(path, "labels", 100)
+        assert found.dtype == np.int64 and np.array_equal(found, expected)
+        for other in (*others, "a", "none"):
+            with pytest.raises(ValueError) as error:
+                oxford_flowers_dataset.read_row(path, other, 100)
+            one_line(error, path, other)
+
+
 def element(kind, content):
     """A data element of a MATLAB 5 file: kind, length, content padded to 8 bytes."""
     padding = b"\0" * (-len(content) % 8)
@@ -482,23 +497,11 @@ def without_hashing(monkeypatch):
     datasets._check_files.cache_clear()
 
 
-def official(folder, cifar, monkeypatch):
-    """Makes the files of a folder the official ones."""
-
-    def md5(name):
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    for attribute in ("train_list", "test_list"):
-        names = [name for name, _ in getattr(cifar, attribute)]
-        monkeypatch.setattr(cifar, attribute, [[name, md5(name)] for name in names])
-    meta = dict(cifar.meta, md5=md5(cifar.meta["filename"]))
-    monkeypatch.setattr(cifar, "meta", meta)
-
-
 @pytest.mark.filterwarnings("error")
 def test_official_files_do_not_warn(copy, monkeypatch):
     folder = copy("cifar-10-batches-py")
-    official(folder, datasets.CIFAR10, monkeypatch)
+    for fact, value in loopback.official(datasets.CIFAR10, folder).items():
+        monkeypatch.setattr(datasets.CIFAR10, fact, value)
     dataset = datasets.CIFAR10(folder.parent)
     assert dataset.classes[0] == "class 0"
     without_hashing(monkeypatch)
@@ -629,58 +632,20 @@ def test_read_only_folder(copy):
 # --- downloads ----------------------------------------------------------------------------------
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def do_GET(self):
-        # Newer torchvision asks for each address once more, to follow redirections.
-        if self.headers.get("Method") != "HEAD":
-            self.server.downloads.append(self.path)
-            if self.server.stall:
-                content = Path(self.translate_path(self.path)).read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: len(content) // 2])
-                self.wfile.flush()
-                self.server.stalled.set()
-                self.server.resume.wait(60)
-                return
-        with contextlib.suppress(ConnectionError):
-            super().do_GET()
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves `server.folder`; notes the downloads; may stall halfway through a file."""
-    monkeypatch.setenv("no_proxy", "*")
+def server(tmp_path):
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.folder, server.downloads, server.stall = folder, [], False
-    server.stalled, server.resume = threading.Event(), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}/"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.resume.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with loopback.serving(folder) as server:
+        yield server
 
 
 @pytest.fixture
-def served_cifar(made, server, monkeypatch):
+def served_cifar(made, server):
     """The server offers CIFAR-10, with the made files as the official ones."""
-    archive = made / "cifar-10-python.tar.gz"
-    shutil.copy(str(archive), str(server.folder))
-    monkeypatch.setattr(datasets.CIFAR10, "url", server.url + archive.name)
-    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5)
-    official(made / "cifar-10-batches-py", datasets.CIFAR10, monkeypatch)
-    return server
+    archive, folder = made / "cifar-10-python.tar.gz", made / "cifar-10-batches-py"
+    with loopback.offer(server, archive, datasets.CIFAR10, folder):
+        yield server
 
 
 @pytest.fixture(params=["flowers", "pets"])
@@ -711,13 +676,8 @@ def build_both(dataset_class, root):
 
 
 def build_at_once(processes, dataset_class, root):
-    children = [FORK.Process(target=build_both, args=(dataset_class, root))
-                for _ in range(processes)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    assert [child.exitcode for child in children] == [0] * processes
+    build = functools.partial(build_both, dataset_class, root)
+    assert loopback.exit_codes(loopback.start([build] * processes)) == [0] * processes
 
 
 def no_traces(root):
@@ -779,6 +739,14 @@ def test_killed_while_downloading(served_cifar, tmp_path):
     served_cifar.stall = False
     build_at_once(2, datasets.CIFAR10, root)
     assert no_traces(root)
+
+
+def test_killed_once_all_is_installed(served_cifar, tmp_path):
+    build_both(datasets.CIFAR10, tmp_path)
+    (tmp_path / "download.part").mkdir()
+    (tmp_path / "download.part" / "cifar-10-python.tar.gz").write_bytes(b"left over")
+    build_both(datasets.CIFAR10, tmp_path)
+    assert no_traces(tmp_path)
 
 
 def test_killed_while_unpacking(served_oxford, server, tmp_path, monkeypatch):
