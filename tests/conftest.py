@@ -75,19 +75,25 @@ def launch(recipe, *flags, processes=2, era=None, scripts=ROOT / "scripts", **va
                           env=environment(processes, MINI_DEIT_ERA=era, **variables))
 
 
-def launch_instead(script, recipe, *flags, processes=2, era=None, without=(), **variables):
-    """As ``launch``, with another ``script`` of tests/ in the place of finetune.py.
+def instead(script, recipe, *flags, without=(), **variables):
+    """The launch of a recipe with another ``script`` of tests/ in the place of finetune.py.
 
-    without: parts of the command line to leave out.
+    without: flags to leave out, with their values.
     """
-    printed = launch(recipe, *flags, "--dry-run", processes=processes, era=era, **variables).stdout
-    known = environment(processes, MINI_DEIT_ERA=era, **variables)
+    printed = launch(recipe, *flags, "--dry-run", **variables).stdout
     arguments = [str(ROOT / "tests" / script) if part.endswith("/finetune.py") else part
                  for part in shlex.split(printed) if not part.startswith("DEIT_DIR=")]
     for flag in without:
         while flag in arguments:
             del arguments[arguments.index(flag):arguments.index(flag) + 2]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=known)
+    return arguments
+
+
+def launch_instead(script, recipe, *flags, processes=2, era=None, without=(), **variables):
+    """As ``launch``, with another ``script`` of tests/ in the place of finetune.py."""
+    arguments = instead(script, recipe, *flags, without=without, processes=processes, **variables)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600,
+                          env=environment(processes, MINI_DEIT_ERA=era, **variables))
 
 
 def train(recipe, *flags, **options):

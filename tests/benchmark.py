@@ -1,0 +1,210 @@
+"""Measure the bundle against the published way, side by side, and print one table.
+
+Every figure is a median of interleaved runs on this machine: what counts is the ratio. The
+published way is re-created in published.py and below; the tests hold both to the same results.
+DEIT_DIR names the DeiT to train with; without it, the miniature is used.
+"""
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import conftest
+import generate
+import published
+
+sys.path.insert(0, str(conftest.ROOT))
+
+import datasets  # noqa: E402
+
+PHOTO = (750, 500)  # pixels; near the usual size of a Flowers image
+CONVERT_AS_PUBLISHED = """
+import sys, torch
+state = torch.load(sys.argv[1], map_location="cpu", weights_only=False)["state_dict"]
+prefix = "module.base_encoder."
+torch.save({"model": {name[len(prefix):]: value for name, value in state.items()
+                      if name.startswith(prefix) and not name.startswith(prefix + "head")}},
+           sys.argv[2])
+"""
+CONVERT_AT_BEST = """
+import shutil, sys, torch
+shutil.copyfile(sys.argv[1], sys.argv[2])
+"""
+
+
+def main():
+    """Run the parts asked for; print a line for each figure as it comes."""
+    parts = {"converter": converter, "transforms": transforms, "start": start, "run": run}
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART",
+                        help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N",
+                        help="runs of which the median counts (default: 5)")
+    args = parser.parse_args()
+    if not set(args.parts) <= set(parts):
+        parser.error(f"the parts are {', '.join(parts)}")
+    print(machine(), "", sep="\n")
+    print("| measured | published | here | published / here |\n| --- | --- | --- | --- |")
+    for name in args.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            parts[name](Path(folder), args.repeats)
+
+
+def machine():
+    """The machine and the versions, in a line."""
+    cpus = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((text.split(":")[1].strip() for text in cpus if text.startswith("model name")),
+                 platform.processor())
+    deit = "the miniature DeiT" if not conftest.REAL_DEIT else f"DeiT at {_commit()}"
+    import timm
+
+    return (f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}, torch "
+            f"{torch.__version__}, timm {timm.__version__}, {deit}")
+
+
+def _commit():
+    return subprocess.run(["git", "-C", conftest.REAL_DEIT, "rev-parse", "--short", "HEAD"],
+                          stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def line(what, theirs, ours, unit):
+    """A line of the table: two medians and their ratio."""
+    theirs, ours = statistics.median(theirs), statistics.median(ours)
+    print(f"| {what} | {theirs:.3g} {unit} | {ours:.3g} {unit} | {theirs / ours:.2f} |", flush=True)
+
+
+# The converter
+
+
+def converter(folder, repeats):
+    """ViT-Base with the optimizer's state, as MoCo v3 saves it."""
+    source, target = folder / "moco-v3.pth.tar", folder / "converted.pth"
+    generate.moco_checkpoint(source, width=768, depth=12, mlp_dim=4096, dim=256)
+    ours = [conftest.ROOT / "convert_to_deit.py", "--input", source, "--output", target]
+    measured = {"floor": [], "published": [], "ours": []}
+    for _ in range(repeats):
+        measured["ours"].append(_process(ours))
+        copied = target.rename(folder / "bytes that come out")
+        measured["published"].append(_process(["-c", CONVERT_AS_PUBLISHED, source, target]))
+        measured["floor"].append(_process(["-c", CONVERT_AT_BEST, copied, target]))
+    seconds, memory = ({way: [run[index] for run in runs] for way, runs in measured.items()}
+                       for index in (0, 1))
+    size = f"ViT-Base, {source.stat().st_size / 1e9:.2f} GB"
+    line(f"converter, {size}", seconds["published"], seconds["ours"], "s")
+    line("its peak memory", memory["published"], memory["ours"], "GB")
+    line("the floor: import torch, copy what comes out", seconds["floor"], seconds["ours"], "s")
+
+
+def _process(arguments):
+    """Seconds and peak memory in GB of a Python process."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"error: {shlex.join(map(str, arguments))[:200]} failed")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+
+
+# The transforms
+
+
+def transforms(folder, repeats, images=200):
+    """Images in a second, decoded and transformed, on one core."""
+    torch.set_num_threads(1)
+    generate.cifar(folder / "cifar10", "cifar10", train=images, test=images)
+    generate.flowers(folder / "flowers", classes=10, train_per_class=images // 10,
+                     test_per_class=images // 10, size=PHOTO)
+    for data_set in ("cifar10", "flowers"):
+        for is_train in (True, False):
+            args = SimpleNamespace(data_set=data_set, data_path=str(folder / data_set),
+                                   input_size=224, reprob=0)
+            pair = [module.build_dataset(is_train, args)[0] for module in (published, datasets)]
+            theirs, ours = ([], [])
+            for _ in range(repeats):
+                theirs.append(_milliseconds(pair[0]))
+                ours.append(_milliseconds(pair[1]))
+            what = "training" if is_train else "evaluation"
+            line(f"{data_set}, an image in {what}, one core", theirs, ours, "ms")
+
+
+def _milliseconds(dataset):
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    for index in range(len(dataset)):
+        dataset[index]
+    return 1000 * (time.perf_counter() - began) / len(dataset)
+
+
+# Launches
+
+
+def start(folder, repeats):
+    """From the launch to the first step."""
+    flags = _journey(folder, "pets", epochs=1, classes=8, train_per_class=8, test_per_class=1,
+                     size=(80, 64))
+    theirs, ours = ([], [])
+    for _ in range(repeats):
+        theirs.append(_until_first_step(_as_published("pets", flags)))
+        ours.append(_until_first_step(conftest.command("pets", *flags)))
+    line("start, from the launch to the first step", theirs, ours, "s")
+
+
+def run(folder, repeats):
+    """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
+    flags = _journey(folder, "flowers", epochs=20, classes=16, train_per_class=2,
+                     test_per_class=12, size=PHOTO)
+    theirs, ours = ([], [])
+    for _ in range(max(1, repeats // 2)):
+        theirs.append(_seconds(_as_published("flowers", flags)))
+        ours.append(_seconds(conftest.command("flowers", *flags)))
+    line("a run shaped like Flowers: 20 epochs, 32 training and 192 test images", theirs, ours, "s")
+
+
+def _journey(folder, recipe, epochs, **pictures):
+    getattr(generate, recipe)(folder / recipe, **pictures)
+    generate.moco_checkpoint(folder / "moco-v3.pth.tar")
+    subprocess.run([sys.executable, conftest.ROOT / "convert_to_deit.py", "--input",
+                    folder / "moco-v3.pth.tar", "--output", folder / "converted.pth"],
+                   check=True, stdout=subprocess.DEVNULL)
+    return ["--model", "deit_tiny_patch16_224", "--input-size", "224", "--batch-size", "16",
+            "--epochs", epochs, "--resume", folder / "converted.pth", "--data-path",
+            folder / recipe, "--output_dir", folder / "out", "--num_workers", "10",
+            "--eval-freq", "10", "--save-freq", "10", "--overwrite"]
+
+
+def _as_published(recipe, flags):
+    """The published way to do the same: it has none of our flags."""
+    flags = [str(flag) for flag in flags if flag != "--overwrite"]
+    return conftest.instead("published.py", recipe, *flags,
+                            without=["--eval-freq", "--save-freq"])
+
+
+def _seconds(command):
+    began = time.perf_counter()
+    subprocess.run([str(part) for part in command], check=True, env=conftest.environment(),
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def _until_first_step(command):
+    began = time.perf_counter()
+    with subprocess.Popen([str(part) for part in command], env=conftest.environment(),
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        seconds = next((time.perf_counter() - began for printed in process.stdout
+                        if printed.startswith(b"Epoch: [0]")), None)
+        process.stdout.read()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
