@@ -35,7 +35,7 @@ use_miniature() {
 
 step() { printf '\n== %s\n' "$*"; }
 
-PYTHON=$(scripts/setup.sh requirements.txt)
+PYTHON=$(scripts/setup.sh requirements.txt requirements-report.txt)
 export PYTHON
 find_deit
 export DEIT_DIR NPROC_PER_NODE=2
@@ -52,15 +52,16 @@ step "Fine-tune by the Flowers recipe, made small: 2 processes, ViT-Tiny, 10 epo
 scripts/flowers.sh --resume "$demo/converted.pth" --data-path "$demo/flowers" \
     --output_dir "$demo/run" --overwrite --device cpu --model deit_tiny_patch16_224 \
     --input-size 64 --batch-size 16 --epochs 10 --lr 1e-2 --weight-decay 0.05 --reprob 0 \
-    --eval-freq 5 --num_workers 1
+    --eval-freq 1 --num_workers 1
 
 step "Result"
+"$PYTHON" scripts/report.py "$demo/run"
 "$PYTHON" - "$demo" "$classes" <<'END'
 import json, pathlib, sys
 demo, classes = pathlib.Path(sys.argv[1]).resolve(), int(sys.argv[2])
 rows = [json.loads(line) for line in (demo / "run" / "log.txt").read_text().splitlines()]
 best = max(row["test_acc1"] for row in rows if "test_acc1" in row)
-print(f"accuracy {best:.1f} % on {classes} classes (chance: {100 / classes:.0f} %)")
-print(f"checkpoints and log.txt are in {demo / 'run'}")
+print(f"\naccuracy {best:.1f} % on {classes} classes (chance: {100 / classes:.0f} %)")
+print(f"checkpoints, log.txt and report.png are in {demo / 'run'}")
 sys.exit(best < 2 * 100 / classes)
 END

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-PYTHON=$(scripts/setup.sh requirements.txt requirements-dev.txt)
+PYTHON=$(scripts/setup.sh requirements.txt requirements-report.txt requirements-dev.txt)
 "$PYTHON" -m ruff check .
 PATH="$(dirname -- "$PYTHON"):$PATH" shellcheck scripts/*.sh tests/*.sh .ci/run
 "$PYTHON" -m pytest "$@"

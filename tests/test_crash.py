@@ -102,17 +102,53 @@ def test_a_broken_image_ends_all_processes_with_its_name(data, checkpoint, tmp_p
     assert str(victim) in errors[0]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_kill_at_a_random_moment_leaves_a_folder_that_continues(seed, data, checkpoint, tmp_path):
-    moment = random.Random(seed).uniform(0.0, 2.0)
-    flags = flags_for(tmp_path, data, checkpoint)
-    with running("pets", *flags) as run:
-        wait_for(lambda: lines_in(tmp_path / "log.txt") >= 1)
-        time.sleep(moment)
-        kill_all(run, tmp_path)
-    train("pets", *flags)
-    assert [row["epoch"] for row in log_of(tmp_path)] == list(range(EPOCHS))
-    assert not list(tmp_path.glob(".*.tmp"))
+KILLS = int(os.environ.get("KILLS", 20))
+
+
+def test_killed_at_random_moments_a_run_ends_as_one_that_never_stopped(data, checkpoint, tmp_path):
+    """One run, killed KILLS times: at seeded random moments of its life, each fourth in a save.
+
+    What each kill leaves is continued to the end in a copy of the folder, and must be the same run.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    train("pets", *flags_for(whole, data, checkpoint))
+    lifetime = time.monotonic() - began
+    moments = random.Random(0)
+    in_a_save = 0
+    for kill in range(KILLS):
+        with running("pets", *flags_for(killed, data, checkpoint)) as run:
+            moment = began_saving if kill % 4 == 0 else after(moments.uniform(0, lifetime))
+            wait_for_moment(moment, run, killed)
+            kill_all(run, killed)
+        in_a_save += bool(list(killed.glob(".*.tmp")))
+        copy = tmp_path / f"copy {kill}"
+        shutil.copytree(killed, copy) if killed.exists() else copy.mkdir()
+        train("pets", *flags_for(copy, data, checkpoint))
+        assert [row["epoch"] for row in log_of(copy)] == list(range(EPOCHS))
+        assert rates(copy) == rates(whole)
+        assert not list(copy.glob(".*.tmp"))
+        shutil.rmtree(copy)
+        if (killed / "checkpoint.pth").exists() and \
+                saved(killed / "checkpoint.pth")["epoch"] > EPOCHS / 2:
+            shutil.rmtree(killed)  # not to kill at the end of the run only
+    print(f"{KILLS} kills, {in_a_save} of them left a file half written")
+    assert in_a_save
+
+
+def wait_for_moment(moment, run, folder):
+    wait_for(lambda: moment(folder) or run.poll() is not None, pause=0)
+
+
+def began_saving(folder):
+    """Whether a checkpoint is being written."""
+    return list(folder.glob(".checkpoint.pth.*.tmp"))
+
+
+def after(seconds):
+    """A condition that holds from ``seconds`` from now on."""
+    moment = time.monotonic() + seconds
+    return lambda folder: time.monotonic() > moment
 
 
 def test_a_damaged_checkpoint_is_named(data, checkpoint, tmp_path):

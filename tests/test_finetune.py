@@ -30,7 +30,8 @@ def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, checkpo
              "--reprob", "0", "--input-size", "224"]
     train(recipe, *flags, "--output_dir", tmp_path / "ours", era=era)
     published = launch_instead("published.py", recipe, *flags, "--output_dir",
-                               tmp_path / "published", era=era, without=["--eval-freq"])
+                               tmp_path / "published", era=era,
+                               without=["--eval-freq", "--save-freq"])
     assert published.returncode == 0, published.stderr
     ours, theirs = log_of(tmp_path / "ours")[0], log_of(tmp_path / "published")[0]
     assert ours["train_loss"] == theirs["train_loss"]
@@ -169,7 +170,8 @@ def test_copied_into_a_checkout_with_another_package_named_datasets(data, checkp
 @pytest.mark.parametrize("recipe, differs", [
     ("cifar10", "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.8 --cutmix 1"),
     ("cifar100", "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.5 --cutmix 1"),
-    ("flowers", "--weight-decay 0.3 --reprob 0.25 --drop-path 0.1 --mixup 0 --cutmix 0 --save-freq 10"),
+    ("flowers", "--weight-decay 0.3 --reprob 0.25 --drop-path 0.1 --mixup 0 --cutmix 0 "
+                "--save-freq 10"),
     ("pets", "--weight-decay 0.1 --reprob 0 --drop-path 0 --mixup 0.8 --cutmix 0 --save-freq 10"),
 ])
 def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, differs, tmp_path):
