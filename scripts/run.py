@@ -269,6 +269,7 @@ class Run:
 
     def _save(self, name):
         state = {"scaler": self.loss_scaler.state_dict(), **self.unsaved,  # 1d38fa4 has no scaler
+                 "args": vars(self.args),  # a plain dict: torch.load reads it with weights_only
                  "max_accuracy": self.best_accuracy, "recipe": self.recipe,
                  "seconds": self.seconds}
         self.folder.save(name, state)

@@ -89,9 +89,9 @@ def skip_pretrained_cfg(main):
 
 
 def trust_namespace():
-    """Let torch read argparse.Namespace, which DeiT's own checkpoints hold, without pickle.
+    """Let torch read argparse.Namespace, which a checkpoint of plain DeiT holds, without pickle.
 
-    Needed from torch 2.6 on, where torch.load refuses what is not known to be harmless.
+    Needed from torch 2.4 on, where harmless_load.py has torch refuse what it does not know.
     """
     import torch
 

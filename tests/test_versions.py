@@ -1,13 +1,16 @@
 """Each adaptation is needed where its docstring says, and only there; what is missing is named."""
+import argparse
 import shutil
 
 import pytest
 import timm
+import torch
 
 import versions
-from conftest import DEIT, launch, launch_instead, refusal_of
+from conftest import DEIT, launch, launch_instead, refusal_of, saved
 
 TIMM = versions.numbers(timm.__version__)
+TORCH = versions.numbers(torch.__version__)
 IS_HEAD = (DEIT / "augment.py").exists()
 
 # Adaptation: whether this stack needs it, and what is said without it.
@@ -15,6 +18,7 @@ ADAPTATIONS = {
     "versions.restore_pil_interp": (TIMM >= (0, 5, 4) and IS_HEAD, "_pil_interp"),
     "versions.skip_pretrained_cfg": (TIMM >= (0, 6), "pretrained_cfg"),
     "versions.quieten_age": (TIMM >= (0, 9), "registry"),
+    "versions.trust_namespace": (TORCH >= (2, 4), "cannot be read"),
     "cpu.use_gloo": (True, "cuda"),
     "cpu.sum_meters_on_cpu": (True, "cuda"),
     "cpu.wait_for_no_gpu": (True, "cuda"),
@@ -25,9 +29,11 @@ ADAPTATIONS = {
 
 
 @pytest.mark.parametrize("name", ADAPTATIONS)
-def test_adaptation_is_needed_where_it_says_and_only_there(name, data, checkpoint):
+def test_adaptation_is_needed_where_it_says_and_only_there(name, data, checkpoint, tmp_path):
     needed, says = ADAPTATIONS[name]
-    done = launch_instead("without.py", "pets", "--resume", checkpoint, "--data-path",
+    as_deit_saves = {**saved(checkpoint), "args": argparse.Namespace(lr=1e-3)}
+    torch.save(as_deit_saves, tmp_path / "tuned.pth")
+    done = launch_instead("without.py", "pets", "--resume", tmp_path / "tuned.pth", "--data-path",
                           data / "pets", "--epochs", "1", WITHOUT=name)
     noted = says.lower() in done.stderr.lower()
     assert noted if needed else done.returncode == 0 and not noted, done.stderr
