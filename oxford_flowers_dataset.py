@@ -105,7 +105,10 @@ def _install(root, part, base_url, item):
 
 
 class LabelledImages(VisionDataset):
-    """Images of one folder, each with a label. A subclass sets the upper-case facts.
+    """Images of one folder, each with a label. A subclass sets the upper-case facts and read_split.
+
+    LAYOUT says in an error what the folder must hold; without BASE_URL and RESOURCES there is
+    nothing to download.
 
     Attributes: `train` (bool), `image_folder` (str), `names` (file name of each image, NumPy
     str) and `targets` (its label, NumPy int64). Both are arrays, not lists: worker processes
@@ -123,12 +126,12 @@ class LabelledImages(VisionDataset):
         self.image_folder = os.path.join(root, self.IMAGE_FOLDER)
         if download:
             download_missing(root, self.BASE_URL, self.RESOURCES)
-        names, targets = self._read_split()
+        names, targets = self.read_split()
         self._check_images(names)
         self.names, self.targets = np.array(names), np.array(targets, np.int64)
 
-    def _read_split(self):
-        """File names and labels of the split."""
+    def read_split(self):
+        """File names in the image folder, and labels, of the split that `self.train` tells."""
         raise NotImplementedError
 
     def __len__(self):
@@ -143,17 +146,17 @@ class LabelledImages(VisionDataset):
             target = self.target_transform(target)
         return image, target
 
-    def _path(self, *parts):
-        """The path of a file that the layout asks for."""
+    def path_of(self, *parts):
+        """The path of a file that the layout asks for; raises FileNotFoundError without it."""
         path = os.path.join(self.root, *parts)
         if not os.path.isfile(path):
             raise self._missing(path)
         return path
 
     def _missing(self, path):
+        source = f" (from {self.BASE_URL}, or by --download)" if self.BASE_URL else ""
         return FileNotFoundError(
-            f"{path} is missing: {self.root} must hold {self.LAYOUT} ({self.BASE_URL}, "
-            f"or download=True)"
+            f"{path} is missing: {self.root} must hold {self.LAYOUT}{source}"
         )
 
     def _check_images(self, names):
@@ -204,10 +207,10 @@ class Flowers(LabelledImages):
     )
     TRAINING_IMAGES, TEST_IMAGES, CLASSES = 2040, 6149, 102
 
-    def _read_split(self):
-        labels = read_row(self._path("imagelabels.mat"), "labels", self.CLASSES)
+    def read_split(self):
+        labels = read_row(self.path_of("imagelabels.mat"), "labels", self.CLASSES)
         splits = ("trnid", "valid") if self.train else ("tstid",)
-        setid = self._path("setid.mat")
+        setid = self.path_of("setid.mat")
         ids = np.concatenate([read_row(setid, split, len(labels)) for split in splits])
         return [f"image_{number:05d}.jpg" for number in ids], labels[ids - 1] - 1
 

@@ -41,8 +41,8 @@ class Pets(LabelledImages):
     )
     TRAINING_IMAGES, TEST_IMAGES, CLASSES = 3680, 3669, 37
 
-    def _read_split(self):
-        path = self._path("annotations", "trainval.txt" if self.train else "test.txt")
+    def read_split(self):
+        path = self.path_of("annotations", "trainval.txt" if self.train else "test.txt")
         names, targets = [], []
         for number, line in enumerate(_read_lines(path), start=1):
             match = SPLIT_LINE.fullmatch(line)
