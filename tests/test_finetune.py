@@ -91,7 +91,7 @@ WRONG = {
     "empty": lambda f: f.write_bytes(b""),
 }
 SAYS = {"unconverted": "convert_to_deit.py", "wider": "--model", "deeper": "left over",
-        "leftover": "left over, the first is x", "half a head": "head.weight",
+        "leftover": "left over, the first is 'x'", "half a head": "head.weight",
         "other classes": "(1000,", "text": "cannot be read", "empty": "cannot be read"}
 
 
