@@ -6,7 +6,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 deit_commit=7e160fe43f0252d17191b71cbb5826254114ea5b
 demo=${DEMO_DIR:-demo-output}
-classes=5
+classes=20
 mkdir -p "$demo"
 
 find_deit() {
@@ -42,16 +42,16 @@ export DEIT_DIR NPROC_PER_NODE=2
 
 step "Generate a small Flowers folder ($classes classes) and a checkpoint in MoCo v3's form"
 "$PYTHON" tests/generate.py flowers "$demo/flowers" --classes "$classes" \
-    --train-per-class 64 --test-per-class 20
+    --train-per-class 16 --test-per-class 5
 "$PYTHON" tests/generate.py checkpoint "$demo/moco-v3.pth.tar"
 
 step "Convert the checkpoint"
 "$PYTHON" convert_to_deit.py --input "$demo/moco-v3.pth.tar" --output "$demo/converted.pth"
 
-step "Fine-tune by the Flowers recipe, made small: 2 processes, ViT-Tiny, 10 epochs"
+step "Fine-tune by the Flowers recipe, made small: 2 processes, ViT-Tiny, 12 epochs"
 scripts/flowers.sh --resume "$demo/converted.pth" --data-path "$demo/flowers" \
     --output_dir "$demo/run" --overwrite --device cpu --model deit_tiny_patch16_224 \
-    --input-size 64 --batch-size 16 --epochs 10 --lr 1e-2 --weight-decay 0.05 --reprob 0 \
+    --input-size 64 --batch-size 16 --epochs 12 --lr 5e-3 --weight-decay 0.05 --reprob 0 \
     --eval-freq 1 --num_workers 1
 
 step "Result"
