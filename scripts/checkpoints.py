@@ -4,6 +4,7 @@
 cut back to it. It is written after the epoch's line in ``log.txt``, so none can be missing.
 """
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -112,8 +113,11 @@ class RunFolder:
 
     def previous(self):
         """The checkpoint to continue from, or None. Raises Refusal if it is damaged."""
-        path = self.path / "checkpoint.pth" if self.path else None
-        if path is None or not path.exists():
+        return self._read("checkpoint.pth") if self.path else None
+
+    def _read(self, name):
+        path = self.path / name
+        if not path.exists():
             return None
         try:
             return weights.read(str(path))
@@ -121,9 +125,24 @@ class RunFolder:
             raise Refusal(f"{refusal}: pass --overwrite to start anew, or --output_dir for "
                           "another folder") from None
 
+    def holds(self, path):
+        """Whether ``path`` is a file of the run in this folder."""
+        files = [self.path / name for name in RUN_FILES] if self.path else []
+        return any(os.path.samefile(path, file) for file in files
+                   if os.path.exists(path) and file.exists())
+
+    def best_accuracy(self, state):
+        """The accuracy of ``best_checkpoint.pth``; else the one that ``state`` remembers.
+
+        They differ if a crash came between writing the one and the other.
+        """
+        best = self._read("best_checkpoint.pth") if self.writes else None
+        return (best or state).get("max_accuracy", 0.0)
+
     def save(self, name, state):
-        """Write a checkpoint whole."""
+        """Write a checkpoint whole, once the lines of its epochs in ``log.txt`` are on the disk."""
         if self.writes:
+            self._flush_log()
             write_whole(self.path / name, lambda file: torch.save(state, file))
 
     def describe(self, facts):
@@ -132,17 +151,24 @@ class RunFolder:
             write_whole(self.path / "run.json",
                         lambda file: file.write(json.dumps(facts, indent=1).encode()))
 
+    def _flush_log(self):
+        log = self.path / "log.txt"
+        if log.exists():
+            with open(log, "rb") as file:
+                os.fsync(file.fileno())
+
     def _cut_log(self, epochs):
         """Leave in ``log.txt`` the whole lines of the first ``epochs`` epochs.
 
-        With no epoch to keep, the file is set aside as ``log.txt.old``: without its checkpoint
-        it may be all that is left of a finished run.
+        With no epoch to keep, the file is set aside as ``log.txt.1`` (or 2, 3 ...): without its
+        checkpoint it may be all that is left of a finished run.
         """
         log = self.path / "log.txt"
         if not log.exists():
             return
         if epochs == 0:
-            os.replace(log, self.path / "log.txt.old")
+            numbered = (self.path / f"log.txt.{number}" for number in itertools.count(1))
+            os.replace(log, next(path for path in numbered if not path.exists()))
             return
         kept = [line for line in log.read_bytes().splitlines(keepends=True)
                 if _epoch_of(line) in range(epochs)]

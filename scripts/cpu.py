@@ -12,12 +12,18 @@ import torch.distributed
 
 def adapt(main):
     """Make DeiT run on the CPU, alone and with several processes."""
+    hide_gpus()
     use_gloo(main)
     sum_meters_on_cpu(main)
     wait_for_no_gpu()
     wrap_without_device_ids()
     keep_mixup_targets_on_cpu()
     quieten_missing_gpu()
+
+
+def hide_gpus():
+    """DeiT's mixed precision wants the GPU that is there, though the model is on the CPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def use_gloo(main):

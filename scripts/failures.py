@@ -1,6 +1,8 @@
 """How a run ends when something goes wrong: one line, once, and no process left behind."""
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ REFUSED = 2  # exit status of a user's mistake, as argparse has it; a crash exit
 
 # How the processes of a group hear that one of their peers is gone (gloo, nccl, the store).
 _LOST_PEER = ("gloo", "nccl", "connection", "socket", "broken pipe", "recvvalue", "c10d", "store")
+_SIGNAL_WHEN_PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 _LOST_PEER_WAIT = 8.0  # seconds in which the launcher, seeing the peer's end, ends this process
 
 
@@ -61,6 +64,10 @@ def _one_line(error):
     if isinstance(error, RuntimeError) and "out of memory" in text:
         what = text.splitlines()[0]
         return f"process {_rank()}: {what} -- use a smaller --batch-size or more processes"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        what = text.splitlines()[-1]
+        return (f"process {_rank()}: {what} -- out of memory? Use fewer --num_workers, and see "
+                "that /dev/shm is large enough")
     if isinstance(error, OSError):
         # A data worker's error arrives as its whole traceback; the last line is the error itself.
         return text.splitlines()[-1] if text else repr(error)
@@ -116,8 +123,11 @@ def watch_launcher():
     torch's launcher starts its processes in sessions of their own, so nothing else ends them.
     """
     launcher = os.environ.get(LAUNCHER_PID)
-    if launcher:
-        threading.Thread(target=_wait_for_orphanhood, args=(int(launcher),), daemon=True).start()
+    if not launcher:
+        return
+    if sys.platform == "linux":  # also where C++ waits and lets no thread of Python run
+        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_DIES, signal.SIGKILL)
+    threading.Thread(target=_wait_for_orphanhood, args=(int(launcher),), daemon=True).start()
 
 
 def _wait_for_orphanhood(launcher):

@@ -46,7 +46,8 @@ def run(deit_main, args):
         return
     this_run.prepare()
     if this_run.is_over:
-        print(f"{args.output_dir} has all {args.epochs} epochs: nothing left to train")
+        if this_run.rank == 0:
+            print(f"{this_run.start_path} has all {args.epochs} epochs: nothing left to train")
         return
     this_run.stand_in()
     deit_main.main(args)

@@ -1,5 +1,6 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main()`` runs it."""
 import builtins
+import copy
 import os
 import time
 
@@ -27,11 +28,12 @@ class Run:
     def __init__(self, main, args):
         self.main = main
         self.args = args
-        self.rank = int(os.environ.get("RANK", 0))
-        planned = options.planned_processes() if args.check else 1
-        self.processes = int(os.environ.get("WORLD_SIZE") or planned)
+        self.rank, self.processes = options.rank_and_processes()
+        if args.check:
+            self.processes = options.planned_processes()
         self.recipe = self._recipe()
         self.resume, args.resume = args.resume, ""  # DeiT's own loading is late, and too strict
+        args.dist_eval = False  # DeiT warns that it counts images twice; here none is
         self.folder = RunFolder(args.output_dir, writes=self.rank == 0 and not args.eval)
         self.loaders = schedule.LastingLoaders()
         self.datasets = {}
@@ -43,11 +45,13 @@ class Run:
         self.seconds = []  # of each epoch, evaluation and saving included
         self.evaluated = True
         self.deit = {name: getattr(main, name)
-                     for name in ("build_dataset", "create_model", "train_one_epoch")}
+                     for name in ("build_dataset", "create_model", "train_one_epoch",
+                                  "get_state_dict")}
 
     def stand_in(self):
         """Put this run's methods in the place of DeiT's functions."""
-        for name in ("build_dataset", "create_model", "train_one_epoch", "evaluate", "print"):
+        for name in ("build_dataset", "create_model", "train_one_epoch", "evaluate", "print",
+                     "get_state_dict"):
             setattr(self.main, name, getattr(self, name))
         self.main.utils.save_on_master = self.save_on_master
 
@@ -69,7 +73,8 @@ class Run:
         """Names and functions; each raises Refusal, or returns in words what it found."""
         return (("processes", self._check_processes), ("data set", self._build_datasets),
                 ("output", self._check_output), ("start", self._find_start),
-                ("model", self._make_model), ("disk", self._check_space))
+                ("optimizer", self._check_optimizer), ("model", self._make_model),
+                ("disk", self._check_space))
 
     def _check_processes(self):
         if not self.args.device.startswith("cuda"):
@@ -80,7 +85,8 @@ class Run:
         if gpus == 0:
             raise Refusal("no GPU found: pass --device cpu to rehearse without one "
                           "(and NPROC_PER_NODE=2, say)")
-        wanted = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("NPROC_PER_NODE") or 1)
+        told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("NPROC_PER_NODE") or "1"
+        wanted = options.whole_number("NPROC_PER_NODE", told)
         if wanted > gpus:
             raise Refusal(f"{wanted} processes are more than the {gpus} GPUs of this machine: set "
                           f"NPROC_PER_NODE={gpus}")
@@ -113,20 +119,44 @@ class Run:
 
     def _find_start(self):
         """Continue what ``--output_dir`` holds, or else start from ``--resume``."""
+        finetune = getattr(self.args, "finetune", "")
+        if self.args.overwrite:
+            self._check_kept(self.resume, finetune)
         fresh = self.args.eval or self.args.overwrite
         self.start = None if fresh else self.folder.previous()
         if self.start is not None:
             self.start_path = str(self.folder.path / "checkpoint.pth")
-            self._check_same_recipe()
         elif self.resume:
             self.start, self.start_path = weights.read(self.resume), self.resume
-        elif self.args.eval and not getattr(self.args, "finetune", ""):
+        elif finetune and not finetune.startswith("https"):
+            weights.read(finetune, "--finetune")  # DeiT loads it
+        elif self.args.eval and not finetune:
             raise Refusal("--eval needs --resume with a checkpoint of a fine-tuning run")
         if self.continues:
+            self._check_same_recipe()
             self.args.start_epoch = self.start["epoch"] + 1
-            self.best_accuracy = self.start.get("max_accuracy", 0.0)
+            self.best_accuracy = self.folder.best_accuracy(self.start)
             self.seconds = self.start.get("seconds", [])
-        return self.start_path or "random weights (no --resume)"
+        return self.start_path or finetune or "random weights (no --resume)"
+
+    def _check_kept(self, *paths):
+        for path in filter(None, paths):
+            if self.folder.holds(path):
+                raise Refusal(f"--overwrite would delete {path}, which this run starts from: move "
+                              "it, or choose another --output_dir")
+
+    def _check_optimizer(self):
+        """Make optimizer and schedule of a stand-in model: timm's error says what it has not."""
+        args = copy.copy(self.args)
+        try:
+            optimizer = self.main.create_optimizer(args, torch.nn.Linear(1, 1))
+            schedule_of_rates, _ = self.main.create_scheduler(args, optimizer)
+        except Exception as error:  # which one differs between timm's versions
+            raise Refusal(f"--opt {args.opt}, --sched {args.sched}: cannot be made "
+                          f"({type(error).__name__}: {error})") from error
+        if schedule_of_rates is None:
+            raise Refusal(f"--sched {args.sched}: timm has no schedule of that name")
+        return f"{args.opt}, {args.sched}"
 
     def _make_model(self):
         """Make the model and load its weights; DeiT gets it, and the random state, when it asks.
@@ -163,13 +193,17 @@ class Run:
         return self.continues and self.args.start_epoch >= self.args.epochs
 
     def _check_same_recipe(self):
-        before = self.start.get("recipe", {})
+        before = dict(self.start.get("recipe", {}))
+        if not self.folder.holds(self.start_path):  # by the user's own word, another run's
+            before = {name: before[name] for name in before if name == "opt"}
+        elif self.folder.holds(self.resume):  # as one continues with DeiT alone
+            before.pop("resume", None)
         differing = [f"{options.flag(name)} {self.recipe.get(name)!r} (there: {before[name]!r})"
                      for name in before if self.recipe.get(name) != before[name]]
         if differing:
-            raise Refusal(f"--output_dir {self.folder.path} holds a run of another recipe: "
-                          f"{', '.join(differing)}; choose another folder, or pass --overwrite "
-                          "to delete that run and start anew")
+            raise Refusal(f"{self.start_path} is of a run of another recipe: "
+                          f"{', '.join(differing)}; choose another --output_dir, or pass "
+                          "--overwrite to delete the run that it holds and start anew")
 
     # What DeiT calls
 
@@ -183,7 +217,9 @@ class Run:
         All commits need this: DeiT loads ``--resume`` after the copy is made, so that the average
         starts from random weights, and cannot load a checkpoint without a head.
         """
-        prepared, before, after = self.prepared
+        if self.prepared is None:  # the student was given: this is the teacher of a distillation
+            return self.deit["create_model"](name, **kwargs)
+        (prepared, before, after), self.prepared = self.prepared, None
         arguments = self._model_arguments(**kwargs)
         if arguments == prepared and torch.equal(torch.get_rng_state(), before):
             torch.set_rng_state(after)
@@ -192,7 +228,9 @@ class Run:
 
     def _model_arguments(self, **kwargs):
         """What differs from a model's defaults; 1d38fa4 and e6b10b5 do not pass img_size."""
-        kwargs["img_size"] = None if self.args.input_size == 224 else self.args.input_size
+        size = self.args.input_size
+        is_default = size == 224 or self.args.model.endswith(f"_{size}")
+        kwargs["img_size"] = None if is_default else size
         return {name: value for name, value in kwargs.items() if value not in (None, False)}
 
     def _create_model(self, name, arguments):
@@ -201,6 +239,8 @@ class Run:
         except (RuntimeError, KeyError) as error:
             raise Refusal(f"--model {name}: neither DeiT nor timm has a model of that name "
                           f"({error})") from error
+        except TypeError as error:
+            raise Refusal(f"--model {name}: cannot be made with {arguments} ({error})") from error
         self.headless = False
         if self.start is not None:
             self.headless = weights.load(
@@ -212,7 +252,7 @@ class Run:
                         max_norm=None, model_ema=None, mixup_fn=None, **kwargs):
         """DeiT's, with lasting data workers; before the first epoch, restores and says the run."""
         if self.epoch is None:
-            self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
+            self._begin(model, data_loader, optimizer, device, loss_scaler, model_ema)
         else:
             self.commit()
         self.epoch, self.loss_scaler = epoch, loss_scaler
@@ -222,6 +262,8 @@ class Run:
 
     def evaluate(self, data_loader, model, device):
         """Evaluate when due, each image in one process; keep the best weights, as HEAD does."""
+        if self.epoch is None:
+            self._put_back_weights(model)
         self.evaluated = self.epoch is None or schedule.is_due(
             self.epoch, self.args.eval_freq, self.args.epochs)
         if not self.evaluated:
@@ -232,10 +274,15 @@ class Run:
             batches = self.main.utils.MetricLogger(delimiter="  ").log_every(loader, 10, "Test:")
         stats = schedule.evaluate(model, batches, device)
         self.print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
-        if self.unsaved and stats["acc1"] > self.best_accuracy:
+        if self.epoch is not None and stats["acc1"] > self.best_accuracy:
             self.best_accuracy = stats["acc1"]
-            self._save("best_checkpoint.pth")
+            if self.unsaved:
+                self._save("best_checkpoint.pth")
         return stats
+
+    def get_state_dict(self, model):
+        """DeiT saves the weight average even where ``--no-model-ema`` left it out, and crashes."""
+        return None if model is None else self.deit["get_state_dict"](model)
 
     def save_on_master(self, state, path):
         """Hold the state of an epoch until its line is in ``log.txt``; ``commit`` writes it.
@@ -288,12 +335,13 @@ class Run:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
+    def _begin(self, model, data_loader, optimizer, device, loss_scaler, model_ema):
         if len(data_loader) == 0:
             self._refuse_empty_epoch(len(data_loader.dataset))
         if self.processes > 1:
             self._check_same_start(device)
         if self.continues:
+            self._put_back_weights(model)
             self._restore(optimizer, loss_scaler, model_ema)
         summary.show(self, data_loader, optimizer, builtins.print)
         self.began = time.monotonic()
@@ -312,6 +360,12 @@ class Run:
                           f"{earliest.item()} to {latest.item()}: --output_dir must be one folder "
                           "that all nodes share")
 
+    def _put_back_weights(self, model):
+        """DeiT (e6b10b5, HEAD) loads ``--finetune`` over the weights of the run that goes on."""
+        if self.start is not None and getattr(self.args, "finetune", ""):
+            weights.load(getattr(model, "module", model), self.start["model"], self.start_path,
+                         self.args.model, head_may_miss=False)
+
     def _restore(self, optimizer, loss_scaler, model_ema):
         """Go on as if never stopped: optimizer with its learning rate, weight average, loss scale.
 
@@ -319,6 +373,9 @@ class Run:
         restore the average, and 1d38fa4 has no loss scale.
         """
         optimizer.load_state_dict(self.start["optimizer"])
+        if model_ema is not None and not self.start.get("model_ema"):
+            raise Refusal(f"{self.start_path} has no weight average to go on with: pass "
+                          "--no-model-ema, as the run that wrote it")
         if model_ema is not None:
             model_ema.ema.load_state_dict(self.start["model_ema"])
         if self.start.get("scaler"):

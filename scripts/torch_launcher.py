@@ -5,55 +5,67 @@
 where not. What is added: a free port on a single machine, no summary of tracebacks after the
 line in which a process said why it failed, and no process that outlives this one.
 """
+import contextlib
 import importlib.util
 import logging
 import os
+import secrets
 import signal
 import sys
 import tempfile
 import warnings
 
 import failures
+import options
 import ports
 
 
 def main():
     """Run torch's launcher on this script's arguments; exit with the failed process's status."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[failures.LAUNCHER_PID] = str(os.getpid())
-        os.environ[failures.FIRST_FAILURE] = os.path.join(folder, "first-failure")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's default too, but it warns of it
-        status = _launch(_with_port(sys.argv[1:]))
-    sys.exit(status)
+    # Torch waits for other machines in C++, where Python's own handler would not be heeded.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    marker = os.path.join(tempfile.gettempdir(), f"finetune-failed-{secrets.token_hex(8)}")
+    os.environ[failures.LAUNCHER_PID] = str(os.getpid())
+    os.environ[failures.FIRST_FAILURE] = marker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's default too, but it warns of it
+    _exit(_launch(_with_port(sys.argv[1:])))
+
+
+def _exit(status):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.environ[failures.FIRST_FAILURE])
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _with_port(arguments):
     """torch's launcher takes port 29500 unless told: two runs on one machine would collide."""
-    if any(argument.startswith("--master_port") for argument in arguments):
+    if "--master_port" in arguments:
         return arguments
     return ["--master_port", str(ports.free()), *arguments]
 
 
 def _launch(arguments):
-    signal.signal(signal.SIGTERM, _terminated)
     if importlib.util.find_spec("torch") is None:
         return _say(f"torch is not installed for {sys.executable}: pip install -r requirements.txt")
     try:
-        _check_port(arguments)
+        _check_nodes(arguments)
         if importlib.util.find_spec("torch.distributed.run"):
             return _elastic(arguments)
         return _legacy(arguments)
     except failures.Refusal as refusal:
         return _say(refusal)
-    except KeyboardInterrupt:
-        return _say("stopped by Ctrl-C", 130)
 
 
-def _check_port(arguments):
-    """The first machine must be able to listen on the port that the user chose."""
-    port, rank = (arguments[arguments.index(flag) + 1]
-                  for flag in ("--master_port", "--node_rank"))
-    if rank == "0":
+def _check_nodes(arguments):
+    """The first machine must be able to listen on the port; one too many would wait forever."""
+    processes, nodes, rank, port = (arguments[arguments.index(flag) + 1] for flag in (
+        "--nproc_per_node", "--nnodes", "--node_rank", "--master_port"))
+    options.whole_number("NPROC_PER_NODE", processes)
+    if not rank.isdigit() or int(rank) >= options.whole_number("NNODES", nodes):
+        raise failures.Refusal(f"NODE_RANK={rank}: must be 0 to {int(nodes) - 1}, for "
+                               f"NNODES={nodes} machines")
+    if int(rank) == 0:
         ports.check(port)
 
 
@@ -95,13 +107,21 @@ def _legacy(arguments):
 
     from torch.distributed import launch
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     signal.signal(signal.SIGCHLD, _stop_when_one_failed)
+    processes = arguments[arguments.index("--nproc_per_node") + 1]
+    os.environ["LOCAL_WORLD_SIZE"] = processes  # as newer versions do
     sys.argv = [launch.__file__, "--use_env", *arguments]
     try:
         launch.main()
     except subprocess.CalledProcessError as error:
         return _exit_status(error.returncode)
     return 0
+
+
+def _stop(number, _):
+    _exit(_say(f"stopped by {signal.Signals(number).name}", 128 + number))
 
 
 def _stop_when_one_failed(*_):
@@ -112,7 +132,7 @@ def _stop_when_one_failed(*_):
     if ended is None or (ended.si_code == os.CLD_EXITED and ended.si_status == 0):
         return
     code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-    os._exit(_exit_status(code, ended.si_pid))  # the others notice within seconds, and end
+    _exit(_exit_status(code, ended.si_pid))  # the others notice within seconds, and end
 
 
 def _status(rank, failure):
@@ -131,10 +151,6 @@ def _exit_status(code, who=""):
 def _say(text, status=failures.REFUSED):
     print(f"error: {text}", file=sys.stderr, flush=True)
     return status
-
-
-def _terminated(*_):
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -11,18 +11,18 @@ HEAD = ("head.weight", "head.bias")
 MOCO_V3_HEADS = 12  # in all its vision transformers (MoCo v3's vits.py), also in the 384 wide
 
 
-def read(path):
+def read(path, flag="--resume"):
     """The checkpoint at ``path``: a dict with at least ``model``, a dict of tensors.
 
-    Raises Refusal if it is missing, unreadable, or of another kind.
+    Raises Refusal if it is missing, unreadable, or of another kind; ``flag`` is what named it.
     """
     if path.startswith(("http:", "https:")):
-        raise Refusal(f"--resume {path}: download the file first, then pass its path")
+        raise Refusal(f"{flag} {path}: download the file first, then pass its path")
     try:
         with open(path, "rb"):
             checkpoint = harmless_load.load(path)
     except OSError as error:
-        raise Refusal(f"--resume {path}: {error.strerror or error}") from error
+        raise Refusal(f"{flag} {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever hostile or broken bytes make torch raise
         raise Refusal(f"{path} cannot be read as a checkpoint, it is damaged or something else "
                       f"({_first_line(error)})") from error
@@ -75,11 +75,19 @@ def load(model, weights, path, model_name, head_may_miss=True):
                       "checkpoint of a fine-tuning run")
     if headless:
         weights = {**weights, **{name: own[name] for name in HEAD if name in own}}
+    _check_classes(own, weights, path)
     problem = _difference(own, weights)
     if problem:
         raise Refusal(f"{path} does not fit --model {model_name}: {problem}{_advice(weights)}")
     model.load_state_dict(weights)
     return headless
+
+
+def _check_classes(own, weights, path):
+    head = HEAD[0]
+    if head in own and head in weights and len(own[head]) != len(weights[head]):
+        raise Refusal(f"{path} has a classifier head of {len(weights[head])} classes, not of "
+                      f"{len(own[head])}: it was fine-tuned on another --data-set")
 
 
 def _difference(own, weights):
@@ -116,7 +124,8 @@ def _check_attention_heads(model, weights, path, model_name):
     table = weights.get("pos_embed")
     if table is None or table.dim() != 3 or table.shape[-1] != 384 or not _is_sin_cos(table):
         return
-    heads = model.blocks[0].attn.num_heads
+    blocks = getattr(model, "blocks", None)
+    heads = blocks[0].attn.num_heads if blocks and hasattr(blocks[0], "attn") else MOCO_V3_HEADS
     if heads != MOCO_V3_HEADS:
         raise Refusal(f"{path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, --model "
                       f"{model_name} has {heads}: pass --model moco_v3_vit_small_patch16_224")

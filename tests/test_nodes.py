@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_a_node_that_goes_down_ends_the_other(data, checkpoint, tmp_path):
         _, stderr = first.communicate(timeout=60)
         assert first.returncode not in (0, None)
         assert "onnection" in stderr  # is lost, which is all that this node can know
+        wait_for(lambda: not finetune_processes(tmp_path), seconds=15)
+
+
+@pytest.mark.parametrize("seconds", [1, 8])
+def test_a_node_that_waits_for_the_first_ends_when_told(seconds, data, checkpoint, tmp_path):
+    flags = ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path]
+    with running("pets", *flags, processes=1, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT=str(ports.free())) as waiting:
+        time.sleep(seconds)  # while it imports torch; when it waits in vain
+        waiting.send_signal(signal.SIGTERM)
+        _, stderr = waiting.communicate(timeout=15)
+        assert waiting.returncode in (143, -signal.SIGTERM) and "Traceback" not in stderr
         wait_for(lambda: not finetune_processes(tmp_path), seconds=15)
 
 
