@@ -43,7 +43,8 @@ def decode(run):
         raise Refusal("not looked at, since there is no data set")
     images = torch.utils.data.ConcatDataset([Decoding(part) for part in parts])
     loader = torch.utils.data.DataLoader(images, batch_size=16, collate_fn=list,
-                                         num_workers=run.args.num_workers)
+                                         num_workers=run.args.num_workers,
+                                         worker_init_fn=failures.die_with_parent)
     broken, done = [], 0
     for errors in loader:
         done += len(errors)

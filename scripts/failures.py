@@ -125,9 +125,18 @@ def watch_launcher():
     launcher = os.environ.get(LAUNCHER_PID)
     if not launcher:
         return
-    if sys.platform == "linux":  # also where C++ waits and lets no thread of Python run
-        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_DIES, signal.SIGKILL)
+    die_with_parent()
     threading.Thread(target=_wait_for_orphanhood, args=(int(launcher),), daemon=True).start()
+
+
+def die_with_parent(*_):
+    """Have Linux kill this process when its parent ends, whatever either is doing then.
+
+    A thread cannot run while C++ waits for other machines, and a data worker of torch, orphaned
+    with a full queue, waits forever for someone to read it. Takes, as worker_init_fn, a number.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_DIES, signal.SIGKILL)
 
 
 def _wait_for_orphanhood(launcher):

@@ -5,6 +5,8 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader
 
+import failures
+
 # Seconds. After a collective, a thread of gloo takes and frees Python's locks; a data worker forked
 # at that moment inherits one that nobody frees (Python before 3.12; seen once in 1000 launches).
 SETTLING = 0.05
@@ -58,7 +60,8 @@ class LastingLoaders:
             self._loaders[purpose] = DataLoader(
                 loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers,
                 pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
-                persistent_workers=loader.num_workers > 0, **options)
+                persistent_workers=loader.num_workers > 0,
+                worker_init_fn=failures.die_with_parent, **options)
         return self._loaders[purpose]
 
     def close(self):
