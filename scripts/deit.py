@@ -12,8 +12,8 @@ OUR_MODULES = ("datasets", "oxford_flowers_dataset", "oxford_pets_dataset")
 
 # Every DeiT commit from December 2020 (1d38fa4) to HEAD (7e160fe) has these.
 SEAMS = {
-    "main": ("get_args_parser", "main", "build_dataset", "create_model", "train_one_epoch",
-             "evaluate", "utils"),
+    "main": ("get_args_parser", "main", "build_dataset", "create_model", "create_optimizer",
+             "create_scheduler", "get_state_dict", "train_one_epoch", "evaluate", "utils"),
     "utils": ("save_on_master", "init_distributed_mode", "SmoothedValue", "MetricLogger"),
 }
 
