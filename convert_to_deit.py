@@ -48,6 +48,7 @@ class TensorUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module, name):
+        """The class or function; raises UnpicklingError for any that tensors do not need."""
         if (module, name) not in SAFE_GLOBALS:
             raise pickle.UnpicklingError(f"Unsupported GLOBAL {module}.{name}")
         return super().find_class(module, name)
@@ -60,6 +61,7 @@ class TensorPickle:
 
     @staticmethod
     def load(file, **options):
+        """As pickle.load."""
         return TensorUnpickler(file, **options).load()
 
 
@@ -71,10 +73,12 @@ class StorageScanner(TensorUnpickler):
         self.storages = {}
 
     def find_class(self, module, name):
+        """As for tensors, but what would make one makes nothing."""
         found = super().find_class(module, name)
         return (lambda *_: None) if name.startswith("_rebuild") else found
 
     def persistent_load(self, saved_id):
+        """Note the storage that torch saved under that id: its numbers and its bytes."""
         _, kind, key, _, length = saved_id[:5]
         self.storages[key] = length, length * kind().element_size()
 
@@ -86,6 +90,7 @@ class PostponingFile:
         self.file, self.error = file, None
 
     def write(self, data):
+        """Write the bytes, unless an earlier write failed; always claims to have done so."""
         try:
             if self.error is None:
                 self.file.write(data)
@@ -97,6 +102,7 @@ class PostponingFile:
         """Nothing to do before `finish`; torch calls it."""
 
     def finish(self):
+        """Flush to the disk, or raise the error of a write that failed."""
         if self.error is not None:
             raise self.error
         self.file.flush()
@@ -392,6 +398,7 @@ def summarize(model, epoch, size):
 
 
 def main(argv=None):
+    """The command line; returns the exit status: 0, or 1 with one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, metavar="PATH", help="checkpoint of MoCo v3")
     parser.add_argument("--output", required=True, metavar="PATH", help="checkpoint for DeiT")

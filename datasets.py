@@ -65,6 +65,7 @@ class RandomCropToWidth(transforms.RandomResizedCrop):
     """
 
     def forward(self, image):
+        """Crop an RGB PIL image: as wide as asked for, and as high or lower."""
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         crop = image.crop((left, top, left + width, top + height))
         lines, columns = self.size
@@ -124,6 +125,16 @@ def build_transform(is_train, args):
 
     Training: RandomResizedCrop (5 % of the area and up), flip, ToTensor, Normalize. Evaluation:
     Resize to 256/224 of the input size, CenterCrop, ToTensor, Normalize. All of it bilinear.
+
+    Args:
+        is_train: for training, or else for evaluation.
+        args: with `input_size` in pixels; and for training, where they exist, `reprob` (0 to 1),
+            `remode` and `recount`, timm's options of random erasing.
+
+    Returns:
+        A callable that takes an RGB PIL image of any size and returns a float32 tensor of shape
+        (3, input_size, input_size): 0 to 1, less ImageNet's mean, by its deviation (timm's
+        constants), so -2.12 to 2.64.
     """
     size = args.input_size
     to_tensor = ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, lines=size)
@@ -276,6 +287,7 @@ class ArrayUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module, name):
+        """What stands in for a name in the pickle; raises UnpicklingError for all others."""
         if (module, name) not in ARRAY_GLOBALS:
             raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.80}")
         stand_ins = {"ndarray": None, "_reconstruct": _no_bytes, "dtype": _byte_type}
@@ -323,7 +335,19 @@ DATA_SETS = {
 
 
 def build_dataset(is_train, args):
-    """The data set `args.data_set` at `args.data_path`, and its number of classes."""
+    """The data set `args.data_set` at `args.data_path`, and its number of classes.
+
+    Args:
+        is_train: the training images, or else the test images.
+        args: with `data_set`, `data_path`, optionally `download`, and what build_transform reads.
+
+    Returns:
+        (dataset, int): items are a tensor as build_transform makes it, and a label as Python int.
+
+    Raises:
+        NotImplementedError: another data set than the four.
+        FileNotFoundError, ValueError, OSError: as the data set's class says, in one line.
+    """
     if args.data_set not in DATA_SETS:
         raise NotImplementedError(
             f"--data-set {args.data_set}: the choice is {', '.join(DATA_SETS)}; for ImageNet use "

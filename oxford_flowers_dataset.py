@@ -38,6 +38,7 @@ class Resource(NamedTuple):
 
 
 def one_line(error):
+    """The error's text on one line, or its class where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -208,6 +209,7 @@ class Flowers(LabelledImages):
     TRAINING_IMAGES, TEST_IMAGES, CLASSES = 2040, 6149, 102
 
     def read_split(self):
+        """By the ids of setid.mat, which count from 1."""
         labels = read_row(self.path_of("imagelabels.mat"), "labels", self.CLASSES)
         splits = ("trnid", "valid") if self.train else ("tstid",)
         setid = self.path_of("setid.mat")

@@ -42,6 +42,7 @@ class Pets(LabelledImages):
     TRAINING_IMAGES, TEST_IMAGES, CLASSES = 3680, 3669, 37
 
     def read_split(self):
+        """In the order of the list."""
         path = self.path_of("annotations", "trainval.txt" if self.train else "test.txt")
         names, targets = [], []
         for number, line in enumerate(_read_lines(path), start=1):
