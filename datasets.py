@@ -325,13 +325,8 @@ def _labels(contents):
     return contents["labels" if "labels" in contents else "fine_labels"]
 
 
-# Name of a data set: its class and its number of classes.
-DATA_SETS = {
-    "cifar10": (CIFAR10, 10),
-    "cifar100": (CIFAR100, 100),
-    "flowers": (Flowers, 102),
-    "pets": (Pets, 37),
-}
+# The choice of --data-set. Each class has a number of CLASSES.
+DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "flowers": Flowers, "pets": Pets}
 
 
 def build_dataset(is_train, args):
@@ -353,11 +348,11 @@ def build_dataset(is_train, args):
             f"--data-set {args.data_set}: the choice is {', '.join(DATA_SETS)}; for ImageNet use "
             f"DeiT's own datasets.py, in an untouched checkout"
         )
-    dataset_class, number_of_classes = DATA_SETS[args.data_set]
+    dataset_class = DATA_SETS[args.data_set]
     dataset = dataset_class(
         args.data_path,
         train=is_train,
         transform=build_transform(is_train, args),
         download=getattr(args, "download", False),
     )
-    return dataset, number_of_classes
+    return dataset, dataset_class.CLASSES

@@ -1,6 +1,6 @@
 """Oxford Flowers-102, and what the data sets of this bundle share: images, checks, downloads.
 
-The shared part stands here because the bundle drops into DeiT as exactly four modules, and the
+The shared part stands here because the bundle drops into DeiT as exactly three modules, and the
 one named `datasets` may be shadowed by an installed package of that name.
 """
 
@@ -55,7 +55,10 @@ def read_image(path):
 
 @contextlib.contextmanager
 def exclusive(folder):
-    """Let one process of all at a time in. The kernel frees the lock of one that was killed."""
+    """Let one process of all at a time in. The kernel frees the lock of one that was killed.
+
+    The folder must exist. Raises OSError where no file can be made in it.
+    """
     with open(os.path.join(folder, ".download.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -128,6 +131,7 @@ class LabelledImages(VisionDataset):
         if download:
             download_missing(root, self.BASE_URL, self.RESOURCES)
         names, targets = self.read_split()
+        self._check_labels(targets)
         self._check_images(names)
         self.names, self.targets = np.array(names), np.array(targets, np.int64)
 
@@ -159,6 +163,11 @@ class LabelledImages(VisionDataset):
         return FileNotFoundError(
             f"{path} is missing: {self.root} must hold {self.LAYOUT}{source}"
         )
+
+    def _check_labels(self, targets):
+        if len(targets) and not 0 <= min(targets) <= max(targets) < self.CLASSES:
+            raise ValueError(f"{self.root}: the labels are {min(targets)} to {max(targets)}, "
+                             f"they must be 0 to {self.CLASSES - 1}")
 
     def _check_images(self, names):
         """Every image is there; a number other than the official one is worth a warning."""

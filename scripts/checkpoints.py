@@ -15,6 +15,8 @@ import torch
 import weights
 from failures import Refusal
 
+BUSY = ("--output_dir {} is being written by another run: wait for it, stop it, or choose another "
+        "folder")
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 
 
@@ -59,8 +61,7 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"--output_dir {self.path} is being written by another run: wait for "
-                          "it, stop it, or choose another folder") from None
+            raise Refusal(BUSY.format(self.path)) from None
         except OSError as error:
             raise Refusal(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
@@ -122,8 +123,8 @@ class RunFolder:
         try:
             return weights.read(str(path))
         except Refusal as refusal:
-            raise Refusal(f"{refusal}: pass --overwrite to start anew, or --output_dir for "
-                          "another folder") from None
+            raise Refusal(f"{refusal}; or pass --overwrite to start anew, or another --output_dir"
+                          ) from None
 
     def holds(self, path):
         """Whether ``path`` is a file of the run in this folder."""
@@ -178,8 +179,10 @@ class RunFolder:
 def _refuse_if_locked(lock, folder):
     try:
         fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        raise Refusal(f"--output_dir {folder} is being written by another run") from None
+    except BlockingIOError:
+        raise Refusal(BUSY.format(folder)) from None
+    except OSError as error:
+        raise Refusal(f"--output_dir {folder} cannot be locked: {error.strerror}") from None
 
 
 def _epoch_of(line):

@@ -2,12 +2,15 @@
 
 All DeiT commits need all of it; a run on GPUs is not touched.
 """
+import functools
 import inspect
 import os
 import warnings
 
 import torch
 import torch.distributed
+
+import schedule
 
 
 def adapt(main):
@@ -28,7 +31,7 @@ def hide_gpus():
 
 def use_gloo(main):
     """DeiT's ``init_distributed_mode`` knows nccl only, and takes a GPU for each process."""
-    main.utils.init_distributed_mode = init_with_gloo
+    main.utils.init_distributed_mode = functools.partial(init_with_gloo, main.utils)
 
 
 def sum_meters_on_cpu(main):
@@ -68,7 +71,7 @@ def quieten_missing_gpu():
         warnings.filterwarnings("ignore", message=message)
 
 
-def init_with_gloo(args):
+def init_with_gloo(utils, args):
     """DeiT's ``init_distributed_mode``: sets rank, world_size, distributed."""
     args.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not args.distributed:
@@ -77,20 +80,7 @@ def init_with_gloo(args):
     args.gpu, args.dist_backend = None, "gloo"
     torch.distributed.init_process_group(backend="gloo", init_method=args.dist_url,
                                          world_size=args.world_size, rank=args.rank)
-    silence_other_processes(args.rank)
-
-
-def silence_other_processes(rank):
-    """As DeiT does on GPUs: only the first process prints, unless told ``force=True``."""
-    import builtins
-
-    original = builtins.print
-
-    def print_in_first(*values, force=False, **kwargs):
-        if rank == 0 or force:
-            original(*values, **kwargs)
-
-    builtins.print = print_in_first
+    utils.setup_for_distributed(args.rank == 0)
 
 
 class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
@@ -102,7 +92,7 @@ class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
 
 def sum_over_processes(value):
     """DeiT's ``SmoothedValue.synchronize_between_processes``."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not schedule.is_distributed():
         return
     sums = torch.tensor([value.count, value.total], dtype=torch.float64)
     torch.distributed.all_reduce(sums)

@@ -14,7 +14,8 @@ OUR_MODULES = ("datasets", "oxford_flowers_dataset", "oxford_pets_dataset")
 SEAMS = {
     "main": ("get_args_parser", "main", "build_dataset", "create_model", "create_optimizer",
              "create_scheduler", "get_state_dict", "train_one_epoch", "evaluate", "utils"),
-    "utils": ("save_on_master", "init_distributed_mode", "SmoothedValue", "MetricLogger"),
+    "utils": ("save_on_master", "init_distributed_mode", "setup_for_distributed", "SmoothedValue",
+              "MetricLogger"),
 }
 
 
@@ -33,8 +34,8 @@ def find():
         return copied_into
     folder = Path(named).expanduser().resolve()
     if not _is_checkout(folder):
-        raise Refusal(f"DEIT_DIR={named} is no DeiT checkout: it has no main.py, engine.py and "
-                      "utils.py")
+        raise Refusal(f"DEIT_DIR={named} is no DeiT checkout (main.py, engine.py, utils.py): set "
+                      "it to what git clone https://github.com/facebookresearch/deit made")
     if copied_into not in (None, folder):
         raise Refusal(f"DEIT_DIR={named}, but this bundle lies in another DeiT checkout, "
                       f"{copied_into}: unset DEIT_DIR or use that checkout's scripts")
@@ -60,7 +61,7 @@ def import_main(folder):
         missing = [name for name in names if not hasattr(holder, name)]
         if missing:
             raise Refusal(f"DeiT in {folder} has no {module}.{missing[0]}: known to work are its "
-                          "commits from 1d38fa4 (December 2020) to 7e160fe (2023)")
+                          "commits from 1d38fa4 (December 2020) to 7e160fe (March 2024)")
     return main
 
 
@@ -69,7 +70,8 @@ def _import_ours(name):
     found = getattr(module, "__file__", None)
     if not found or Path(found).resolve() != BUNDLE / f"{name}.py":
         raise Refusal(f"{name} was found at {found}, not at {BUNDLE / name}.py: "
-                      "another package of that name is loaded first")
+                      "another package of that name is loaded first; unset PYTHONPATH, or start "
+                      "Python without it")
     if name == "datasets" and not hasattr(module, "DATA_SETS"):
         raise Refusal(f"{found} is DeiT's own: copy the bundle's datasets.py over it, or run the "
                       "bundle from its own folder with DEIT_DIR")

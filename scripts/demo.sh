@@ -63,5 +63,6 @@ rows = [json.loads(line) for line in (demo / "run" / "log.txt").read_text().spli
 best = max(row["test_acc1"] for row in rows if "test_acc1" in row)
 print(f"\naccuracy {best:.1f} % on {classes} classes (chance: {100 / classes:.0f} %)")
 print(f"checkpoints, log.txt and report.png are in {demo / 'run'}")
-sys.exit(best < 2 * 100 / classes)
+if best < 2 * 100 / classes:
+    sys.exit("error: that is less than twice chance, so the run did not learn: see its log.txt")
 END

@@ -15,7 +15,7 @@ REFUSED = 2  # exit status of a user's mistake, as argparse has it; a crash exit
 # How the processes of a group hear that one of their peers is gone (gloo, nccl, the store).
 _LOST_PEER = ("gloo", "nccl", "connection", "socket", "broken pipe", "recvvalue", "c10d", "store")
 _SIGNAL_WHEN_PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
-_LOST_PEER_WAIT = 8.0  # seconds in which the launcher, seeing the peer's end, ends this process
+_LOST_PEER_WAIT = 8.0  # seconds in which the launcher, which looks every few, ends this process
 
 
 class Refusal(Exception):
@@ -47,23 +47,27 @@ def _system_exit(stop):
         return 0
     if stop.code == REFUSED:  # argparse has printed its line
         return REFUSED
-    reason = stop.code if isinstance(stop.code, str) else "DeiT stopped: the loss is not finite"
+    reason = stop.code if isinstance(stop.code, str) else f"DeiT stopped with status {stop.code}"
+    if stop.code == 1:  # DeiT has no other reason, at any commit
+        reason = ("DeiT stopped, since the loss is not finite: use a smaller --lr, and look at the "
+                  "data with --check")
     return _report(f"error: {reason} (process {_rank()})", 1)
 
 
 def _crash(error):
     if _is_lost_peer(error):
         time.sleep(_LOST_PEER_WAIT)
-    line = _one_line(error)
+    line = _known_cause(error)
     return _report(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
-def _one_line(error):
+def _known_cause(error):
     """The line that says it all for errors that name their own cause, else None."""
     text = str(error).strip()
     if isinstance(error, RuntimeError) and "out of memory" in text:
         what = text.splitlines()[0]
-        return f"process {_rank()}: {what} -- use a smaller --batch-size or more processes"
+        return (f"process {_rank()}: {what} -- use a smaller --batch-size "
+                "(with more processes, to keep the images a step)")
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         what = text.splitlines()[-1]
         return (f"process {_rank()}: {what} -- out of memory? Use fewer --num_workers, and see "

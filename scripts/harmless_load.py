@@ -1,4 +1,7 @@
-"""torch.load for files from elsewhere: tensors and plain values are read, no pickled code runs."""
+"""torch.load for files from elsewhere: tensors and plain values are read, no pickled code runs.
+
+The checks have twins in convert_to_deit.py, which stands alone: change both.
+"""
 import argparse
 import collections
 import os

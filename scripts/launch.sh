@@ -16,6 +16,11 @@ last, so each overrides the recipe's.
   --data-path DIR    the data set's folder (see README.md; CIFAR is downloaded when absent)
   --output_dir DIR   takes checkpoint.pth, best_checkpoint.pth and log.txt; the same command again
                      continues a run that was stopped
+  --batch-size N     images of each process (128)
+  --eval-freq N, --save-freq N
+                     evaluate, and write checkpoint.pth, every N epochs and after the last
+  --download         fetch Flowers or Pets where absent
+  --overwrite        start anew in an --output_dir that holds a run, deleting that run
   --device cpu       rehearse without a GPU
   --check            check all that a launch needs, and every image; train nothing
   --dry-run          print the complete command and stop
@@ -31,29 +36,37 @@ environment, with defaults:
 END
 }
 
-command=("${PYTHON:-python3}" -u "$here/torch_launcher.py"
+launcher=("$here/torch_launcher.py"
     --nproc_per_node "${NPROC_PER_NODE:-8}"
     --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
     --master_addr "${MASTER_ADDR:-127.0.0.1}")
 if [[ -n "${MASTER_PORT:-}" || "${NNODES:-1}" != 1 ]]; then
-    command+=(--master_port "${MASTER_PORT:-29500}")
+    launcher+=(--master_port "${MASTER_PORT:-29500}")
 fi
-command+=("$here/finetune.py"
+run=("$here/finetune.py"
     --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4 --warmup-epochs 3
     --no-pin-mem --no-repeated-aug --eval-freq 10)
 
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;
-        --all-flags) exec "${PYTHON:-python3}" "$here/finetune.py" --help ;;
+        --all-flags) run=("$here/finetune.py" --help); launcher=(); break ;;
         --dry-run) dry_run=yes ;;
         --check) check=yes ;;
-        *) command+=("$argument") ;;
+        *) run+=("$argument") ;;
     esac
 done
+if [[ -n ${check:-} ]]; then  # by one process, without the launcher
+    export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+    run+=(--check)
+    launcher=()
+fi
+# Bash before 4.4 takes an empty array for one that is not set.
+command=("${PYTHON:-python3}" -u ${launcher[@]+"${launcher[@]}"} "${run[@]}")
 
 if [[ -n ${dry_run:-} ]]; then
     if [[ -n "${DEIT_DIR:-}" ]]; then printf 'DEIT_DIR=%q ' "$DEIT_DIR"; fi
+    if [[ -n ${check:-} ]]; then printf 'NPROC_PER_NODE=%q ' "$NPROC_PER_NODE"; fi
     printf '%q ' "${command[@]}"
     echo
     exit 0
@@ -61,12 +74,5 @@ fi
 if ! command -v "${PYTHON:-python3}" >/dev/null; then
     echo "error: PYTHON=${PYTHON:-python3} is not a command: set PYTHON to your Python" >&2
     exit 2
-fi
-if [[ -n ${check:-} ]]; then
-    export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
-    while [[ ${command[2]} != "$here/finetune.py" ]]; do  # no launcher, one process
-        command=("${command[@]:0:2}" "${command[@]:3}")
-    done
-    command+=(--check)
 fi
 exec "${command[@]}"

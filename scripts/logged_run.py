@@ -13,6 +13,7 @@ class Published(NamedTuple):
     test: int
 
 
+# The table in transfer/README.md of MoCo v3.
 PUBLISHED = {"cifar10": Published(98.9, 50000, 10000), "cifar100": Published(90.5, 50000, 10000),
              "flowers": Published(97.7, 2040, 6149), "pets": Published(93.2, 3680, 3669)}
 PUBLISHED_RECIPE = {"model": "deit_base_patch16_224", "input_size": 224, "epochs": 100}

@@ -3,6 +3,7 @@ import copy
 import os
 
 import torch
+from timm.models import is_model
 
 import options
 import weights
@@ -34,7 +35,9 @@ class Plan:
         self.folder = RunFolder(args.output_dir, writes=self.rank == 0 and not args.eval)
         self.datasets = {}
         self.start = self.start_path = None  # the checkpoint this run starts or continues from
-        self.parameters = None  # of the model, once it is made
+        self.model = self.parameters = None  # once it is made, and how many it has
+        self.headless = False  # whether the start lacked the classifier head
+        self.prepared = None  # what the model was made with, until DeiT asks for it
         self.best_accuracy = 0.0
         self.seconds = []  # of each epoch, evaluation and saving included
         self.deit = {name: getattr(main, name) for name in (
@@ -136,9 +139,11 @@ class Plan:
             schedule_of_rates, _ = self.main.create_scheduler(args, optimizer)
         except Exception as error:  # which one differs between timm's versions
             raise Refusal(f"--opt {args.opt}, --sched {args.sched}: cannot be made "
-                          f"({type(error).__name__}: {error})") from error
+                          f"({type(error).__name__}: {error}); the recipes use adamw and cosine"
+                          ) from error
         if schedule_of_rates is None:
-            raise Refusal(f"--sched {args.sched}: timm has no schedule of that name")
+            raise Refusal(f"--sched {args.sched}: timm has no schedule of that name; the recipes "
+                          "use cosine")
         return f"{args.opt}, {args.sched}"
 
     def _make_model(self):
@@ -148,10 +153,9 @@ class Plan:
         """
         torch.manual_seed(self.args.seed + self.rank)
         before = torch.get_rng_state()
-        _, classes = DATA_SETS[self.args.data_set]
         arguments = self._model_arguments(
-            num_classes=classes, drop_rate=self.args.drop, drop_path_rate=self.args.drop_path,
-            img_size=self.args.input_size)
+            num_classes=DATA_SETS[self.args.data_set].CLASSES, drop_rate=self.args.drop,
+            drop_path_rate=self.args.drop_path, img_size=self.args.input_size)
         self.model = self._create_model(self.args.model, arguments)
         self.prepared = arguments, before, torch.get_rng_state()
         self.parameters = sum(value.numel() for value in self.model.parameters())
@@ -198,12 +202,11 @@ class Plan:
     def _create_model(self, name, arguments):
         try:
             model = self.deit["create_model"](name, **arguments)
-        except (RuntimeError, KeyError) as error:
-            raise Refusal(f"--model {name}: neither DeiT nor timm has a model of that name "
-                          f"({error})") from error
-        except TypeError as error:
+        except (RuntimeError, KeyError, TypeError) as error:
+            if not is_model(name):
+                raise Refusal(f"--model {name}: neither DeiT nor timm has a model of that name; "
+                              "the recipes use deit_base_patch16_224") from error
             raise Refusal(f"--model {name}: cannot be made with {arguments} ({error})") from error
-        self.headless = False
         if self.start is not None:
             self.headless = weights.load(
                 model, self.start["model"], self.start_path, name,

@@ -26,6 +26,8 @@ class Run(Plan):
         self.epoch = None  # the one in training; None before the first
         self.unsaved = None  # the state after self.epoch, until its line is in log.txt
         self.evaluated = True
+        self.loss_scaler = None  # DeiT's
+        self.began = None  # the moment when the epoch in training began
 
     def stand_in(self):
         """Put this run's methods in the place of DeiT's functions."""
@@ -139,7 +141,7 @@ class Run(Plan):
         if self.epoch is not None:
             self.commit()
         self.loaders.close()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if schedule.is_distributed():
             torch.distributed.destroy_process_group()
 
     def _begin(self, model, data_loader, optimizer, device, loss_scaler, model_ema):
@@ -150,7 +152,7 @@ class Run(Plan):
         if self.continues:
             self._put_back_weights(model)
             self._restore(optimizer, loss_scaler, model_ema)
-        summary.show(self, data_loader, optimizer, builtins.print)
+        summary.show(self, len(data_loader), builtins.print)
         self.began = time.monotonic()
         self._describe()
         self.start = None  # its memory is not needed any more

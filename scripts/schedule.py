@@ -1,4 +1,5 @@
 """When to evaluate, how evaluation is shared out, and loaders that keep their workers."""
+import contextlib
 import time
 
 import torch
@@ -12,8 +13,16 @@ import failures
 SETTLING = 0.05
 
 
+def is_distributed():
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_due(epoch, every, epochs):
-    """Whether something done every ``every`` epochs, and after the last, is due after ``epoch``."""
+    """Whether what is done every ``every`` epochs, and after the last, is due after ``epoch``.
+
+    ``epoch`` counts from 0.
+    """
     return (epoch + 1) % every == 0 or epoch + 1 == epochs
 
 
@@ -65,7 +74,7 @@ class LastingLoaders:
         return self._loaders[purpose]
 
     def close(self):
-        """End the workers."""
+        """End the workers, which live as long as their loader is referred to."""
         self._loaders.clear()
 
 
@@ -86,7 +95,7 @@ def evaluate(model, batches, device):
         with _autocast(device):
             logits = model(images)
         sums += _sums(logits.float(), labels)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.all_reduce(sums)
     images, top1, top5, loss = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
@@ -104,7 +113,7 @@ def _sums(logits, labels):
 def _autocast(device):
     """Mixed precision as in DeiT's own evaluation, which is for GPUs."""
     if torch.device(device).type != "cuda":
-        return torch.autograd.set_grad_enabled(False)
+        return contextlib.nullcontext()
     if hasattr(torch, "autocast"):  # torch 1.10 on
         return torch.autocast("cuda")
     return torch.cuda.amp.autocast()

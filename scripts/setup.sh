@@ -4,7 +4,7 @@
 set -euo pipefail
 
 if [[ -n "${PYTHON:-}" ]]; then
-    command -v "$PYTHON" || { echo "error: PYTHON=$PYTHON is not a command" >&2; exit 2; }
+    command -v "$PYTHON" || { echo "error: PYTHON=$PYTHON is not a command: set it to your Python, or unset it" >&2; exit 2; }
     exit 0
 fi
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -3,8 +3,11 @@
 PUBLISHED_STEP = 1024  # images; MoCo v3's: 8 GPUs x 128
 
 
-def show(run, data_loader, optimizer, say):
-    """Say what is trained on what, from where, and how; ``say`` is a print function."""
+def show(run, steps, say):
+    """Say what is trained on what, from where, and how.
+
+    run: a plan.Plan; steps: of an epoch; say: a print function.
+    """
     args = run.args
     images_a_step = run.processes * args.batch_size
     training, classes = run.datasets[True]
@@ -13,7 +16,7 @@ def show(run, data_loader, optimizer, say):
         f"test images, {classes} classes")
     say(f"  start: {_start(run)}")
     say(f"  step: {_count(run.processes, 'process')} x {args.batch_size} images = {images_a_step} "
-        f"images; {_count(len(data_loader), 'step')} an epoch, {args.epochs} epochs")
+        f"images; {_count(steps, 'step')} an epoch, {args.epochs} epochs")
     if images_a_step != PUBLISHED_STEP:
         say(f"  published: {PUBLISHED_STEP} images a step{_keeping(run)}")
     say(f"  learning rate: {_rate(run, images_a_step)}, weight decay {args.weight_decay:g}")

@@ -47,7 +47,8 @@ def _with_port(arguments):
 
 def _launch(arguments):
     if importlib.util.find_spec("torch") is None:
-        return _say(f"torch is not installed for {sys.executable}: pip install -r requirements.txt")
+        return _say(f"torch is not installed for {sys.executable}: pip install torch torchvision "
+                    "timm Pillow")
     try:
         _check_nodes(arguments)
         if importlib.util.find_spec("torch.distributed.run"):

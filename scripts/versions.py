@@ -11,12 +11,13 @@ import warnings
 
 from failures import Refusal
 
-# The oldest of each that DeiT was made for (its README); newer ones are adapted to.
-NEEDED = {"torch": "1.7", "torchvision": "0.8", "timm": "0.3.2", "scipy": "1.0", "PIL": "6.0"}
+# The oldest that DeiT was made for (its requirements.txt), and the Pillow of those days; newer ones
+# are adapted to.
+NEEDED = {"PIL": "6.0", "torch": "1.7", "torchvision": "0.8", "timm": "0.3.2"}
 
 
 def check():
-    """Refuse a Python, torch, torchvision, timm, scipy or Pillow that is missing or too old."""
+    """Refuse a Python, torch, torchvision, timm or Pillow that is missing or too old."""
     if sys.version_info < (3, 8):  # noqa: UP036 (it is said to those who have it)
         raise Refusal(f"Python {sys.version.split()[0]} is too old: 3.8 or newer is needed")
     for name, least in NEEDED.items():
@@ -24,9 +25,11 @@ def check():
             found = importlib.import_module(name).__version__
         except ImportError as error:
             raise Refusal(f"{name} cannot be imported by {sys.executable} ({error}): "
-                          "pip install -r requirements.txt") from error
+                          "pip install torch torchvision timm Pillow") from error
         if numbers(found) < numbers(least):
-            raise Refusal(f"{name} {found} is too old: {least} or newer is needed")
+            package = "Pillow" if name == "PIL" else name
+            raise Refusal(f"{package} {found} is too old: {least} or newer is needed, "
+                          f"pip install -U {package}")
     import numpy
     import torch
 

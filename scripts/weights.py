@@ -8,6 +8,7 @@ import harmless_load
 from failures import Refusal
 
 HEAD = ("head.weight", "head.bias")
+MOCO_V3_SMALL = "moco_v3_vit_small_patch16_224"  # of moco_v3_vit.py
 MOCO_V3_HEADS = 12  # in all its vision transformers (MoCo v3's vits.py), also in the 384 wide
 
 
@@ -25,7 +26,7 @@ def read(path, flag="--resume"):
         raise Refusal(f"{flag} {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever hostile or broken bytes make torch raise
         raise Refusal(f"{path} cannot be read as a checkpoint, it is damaged or something else "
-                      f"({_first_line(error)})") from error
+                      f"({_first_line(error)}); copy or convert it again") from error
     _check_kind(checkpoint, path)
     return checkpoint
 
@@ -45,9 +46,11 @@ def _check_kind(checkpoint, path):
                       "checkpoint of a fine-tuning run")
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise Refusal(f"{path}: model[{name!r:.80}] is no tensor but {type(value).__name__}")
+            raise Refusal(f"{path}: model[{name!r:.80}] is no tensor but {type(value).__name__}; "
+                          "pass what convert_to_deit.py wrote")
         if not _is_whole(value):
-            raise Refusal(f"{path}: model[{name!r:.80}] has fewer numbers than its shape says")
+            raise Refusal(f"{path}: model[{name!r:.80}] has fewer numbers than its shape says; "
+                          "pass what convert_to_deit.py wrote")
 
 
 def _is_whole(tensor):
@@ -109,7 +112,7 @@ def _advice(weights):
         return "; it has a convolutional stem, of which DeiT has no model"
     width = next(reversed(weights["cls_token"].shape), None) if "cls_token" in weights else None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    name = {192: "deit_tiny_patch16_224", 384: "moco_v3_vit_small_patch16_224",
+    name = {192: "deit_tiny_patch16_224", 384: MOCO_V3_SMALL,
             768: "deit_base_patch16_224"}.get(width if depth == 12 else None)
     if name is None:
         return f"; it is {width} wide and {depth} blocks deep"
@@ -128,7 +131,7 @@ def _check_attention_heads(model, weights, path, model_name):
     heads = blocks[0].attn.num_heads if blocks and hasattr(blocks[0], "attn") else MOCO_V3_HEADS
     if heads != MOCO_V3_HEADS:
         raise Refusal(f"{path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, --model "
-                      f"{model_name} has {heads}: pass --model moco_v3_vit_small_patch16_224")
+                      f"{model_name} has {heads}: pass --model {MOCO_V3_SMALL}")
 
 
 def _is_sin_cos(table):

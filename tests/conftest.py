@@ -32,7 +32,10 @@ RECIPES = ("cifar10", "cifar100", "flowers", "pets")
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder with the four data sets, named like their recipes: 48 training, 21 test images."""
+    """Folder with the four data sets, named like their recipes.
+
+    CIFAR has 50 training images, the others 49; all have 21 test images.
+    """
     folder = tmp_path_factory.mktemp("data")
     generate.cifar(folder / "cifar10", "cifar10", train=50, test=21)
     generate.cifar(folder / "cifar100", "cifar100", train=50, test=21)

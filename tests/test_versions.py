@@ -50,7 +50,7 @@ def package(folder, name, content):
     ("timm", "raise ImportError('none here')", "timm cannot be imported"),
     ("timm", "__version__ = '0.3.1'", "timm 0.3.1 is too old: 0.3.2 or newer is needed"),
     ("torchvision", "__version__ = '0.7.0+cpu'", "torchvision 0.7.0+cpu is too old: 0.8"),
-    ("scipy", "raise ImportError('none here')", "scipy cannot be imported"),
+    ("PIL", "__version__ = '5.0'", "Pillow 5.0 is too old: 6.0 or newer is needed"),
 ])
 def test_what_is_missing_or_too_old_is_named_in_one_line(name, content, says, data, tmp_path):
     done = launch("pets", "--data-path", data / "pets", processes=1,
