@@ -46,6 +46,11 @@ def finetune_processes(folder):
     return found
 
 
+def parent(process):
+    """The process id of a process's parent."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def kill_all(run, folder):
     """``kill -9`` for every process of a launch, as when its machine goes down."""
     for process in [run.pid, *finetune_processes(folder)]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ERAS, command, environment, errors_of, launch, log_of, refusal_of, saved, train
-from processes import finetune_processes, kill_all, lines_in, running, wait_for
+from processes import finetune_processes, kill_all, lines_in, parent, running, wait_for
 
 EPOCHS = 40  # of some 50 ms each in the miniature, so that there is time to kill
 
@@ -88,6 +88,21 @@ def test_one_process_killed_ends_the_others_and_is_named(data, checkpoint, tmp_p
         _, stderr = run.communicate(timeout=30)
         assert run.returncode not in (0, None)
         assert "SIGKILL" in stderr and "Traceback" not in stderr
+        assert not finetune_processes(tmp_path)
+
+
+def test_a_killed_data_worker_is_named(data, checkpoint, tmp_path):
+    """As the system kills one when memory runs out."""
+    flags = flags_for(tmp_path, data, checkpoint)
+    with running("pets", *flags, "--epochs", "500") as run:
+        wait_for(lambda: lines_in(tmp_path / "log.txt") >= 1)
+        processes = finetune_processes(tmp_path)
+        os.kill(next(process for process in processes if parent(process) in processes),
+                signal.SIGKILL)
+        _, stderr = run.communicate(timeout=30)
+        errors = errors_of(stderr)
+        assert run.returncode == 1 and len(errors) == 1, stderr
+        assert "DataLoader worker" in errors[0] and "--num_workers" in errors[0]
         assert not finetune_processes(tmp_path)
 
 
