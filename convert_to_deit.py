@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 try:
     import torch
@@ -102,11 +103,10 @@ class PostponingFile:
         """Nothing to do before `finish`; torch calls it."""
 
     def finish(self):
-        """Flush to the disk, or raise the error of a write that failed."""
+        """Hand all to the system, or raise the error of a write that failed."""
         if self.error is not None:
             raise self.error
         self.file.flush()
-        os.fsync(self.file.fileno())
 
 
 def convert(state_dict):
@@ -318,11 +318,13 @@ def write_checkpoint(model, path):
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".convert-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file, ThreadPoolExecutor(1) as other_thread:
             postponing = PostponingFile(file)
             torch.save({"model": model}, postponing)
             postponing.finish()
-        check_written(model, temporary)
+            on_disk = other_thread.submit(os.fsync, file.fileno())
+            check_written(model, temporary)
+            on_disk.result()
         size = os.path.getsize(temporary)
         os.replace(temporary, path)
         return size
@@ -334,8 +336,8 @@ def write_checkpoint(model, path):
 def check_written(model, path):
     """Raise OSError unless path holds exactly model: names, order, dtypes, shapes and bits."""
     names = list(model)
-    # Mapped pages count as memory while the file is mapped, so map it anew every two blocks.
-    step = 24 if _can_map() else len(names)
+    # Mapped pages count as memory while the file is mapped, so map it anew every four blocks.
+    step = 48 if _can_map() else len(names)
     for start in range(0, len(names), step):
         written = read_checkpoint(path)
         if list(written) != ["model"] or list(written["model"]) != names:
