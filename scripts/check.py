@@ -7,6 +7,7 @@ import torch
 import failures
 import ports
 from failures import Refusal
+from oxford_flowers_dataset import one_line
 
 BROKEN_SHOWN = 20
 
@@ -74,7 +75,7 @@ class Decoding(torch.utils.data.Dataset):
             self.dataset[index]
             return ""
         except Exception as error:  # whatever it is, the image cannot be trained on
-            return " ".join(str(error).split()) or type(error).__name__
+            return one_line(error)
 
 
 def _show_progress(done, total):

@@ -13,12 +13,12 @@ def main():
     failures.watch_launcher()
     try:
         deit_main = import_deit()
+        import datasets  # ours, which deit.import_main has made sure of
+
+        run(deit_main, options.parse(deit_main, datasets.DATA_SETS))
     except failures.Refusal as refusal:
         verdict = "\nverdict: not ready" if "--check" in sys.argv else ""
         raise failures.Refusal(f"{refusal}{verdict}") from refusal
-    import datasets  # ours, which deit.import_main has made sure of
-
-    run(deit_main, options.parse(deit_main, datasets.DATA_SETS))
 
 
 def import_deit():

@@ -88,6 +88,7 @@ class _Scanner(_Unpickler):
     """Notes each storage's length and bytes; makes no tensor."""
 
     def scan(self):
+        """The length and bytes of each storage, by its key."""
         self.storages = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2 has other storages; these make no tensor

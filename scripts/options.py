@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     """Says a mistake once for all processes, in one line; argparse prints its usage in each."""
 
     def error(self, message):
+        """Raise Refusal instead of argparse's exit."""
         raise Refusal(f"{message}; --all-flags lists the flags")
 
 

@@ -63,9 +63,10 @@ def _check_nodes(arguments):
     processes, nodes, rank, port = (arguments[arguments.index(flag) + 1] for flag in (
         "--nproc_per_node", "--nnodes", "--node_rank", "--master_port"))
     options.whole_number("NPROC_PER_NODE", processes)
-    if not rank.isdigit() or int(rank) >= options.whole_number("NNODES", nodes):
-        raise failures.Refusal(f"NODE_RANK={rank}: must be 0 to {int(nodes) - 1}, for "
-                               f"NNODES={nodes} machines")
+    last = options.whole_number("NNODES", nodes) - 1
+    if not rank.isdigit() or int(rank) > last:
+        raise failures.Refusal(f"NODE_RANK={rank}: must be 0 to {last}, for NNODES={nodes} "
+                               "machines")
     if int(rank) == 0:
         ports.check(port)
 
@@ -96,6 +97,7 @@ def _wait_for_successes_only(agent):
     wait = agent._exit_barrier
 
     def exit_barrier(self):
+        """Torch's, if all went well."""
         if self._worker_group.state.name == "SUCCEEDED":
             wait(self)
 

@@ -38,9 +38,11 @@ def test_check_names_every_problem(data, tmp_path):
     assert all(str(image) in done.stdout for image in broken)
 
 
-def test_check_without_a_deit_ends_in_a_verdict():
-    done = launch("pets", "--check", DEIT_DIR="/nowhere")
-    assert done.returncode == 2
+@pytest.mark.parametrize("flags, variables", [
+    ([], {"DEIT_DIR": "/nowhere"}), (["--epochs", "0"], {}), ([], {"NPROC_PER_NODE": "abc"})])
+def test_a_check_that_cannot_begin_ends_in_a_verdict(flags, variables):
+    done = launch("pets", *flags, "--check", **variables)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "verdict: not ready"
 
 
