@@ -1,336 +1,60 @@
-"""DeiT's `build_dataset` for CIFAR-10, CIFAR-100, Oxford Flowers-102 and Oxford-IIIT Pets."""
+"""DeiT's `build_dataset` for CIFAR, Oxford Flowers-102, Oxford-IIIT Pets and folders of images."""
 
 import contextlib
 import functools
-import json
+import glob
+import http.client
 import os
-import pickle
 import warnings
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Set, Tuple
 
-import numpy as np
-import torch
-import torchvision
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
-from torchvision.datasets.utils import check_integrity
-from torchvision.datasets.vision import VisionDataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
-from oxford_flowers_dataset import Flowers, Resource, download_missing, exclusive, one_line
+from oxford_flowers_dataset import Flowers, read_image
 from oxford_pets_dataset import Pets
 
-# All that pickled arrays need, under the names that old and new NumPy give it.
-ARRAY_GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-}
 
-
-# Stands in a CIFAR folder that was checked, so that each process need not do it again.
-MARKER = ".checked"
-
-# Pillow's weights for 8-bit images are whole numbers of 2 ** -22.
-FRACTION_BITS = 22
-
-
-class ResizeAndCentre:
-    """Resize to a shorter side, then CenterCrop, in less time: the same pixels.
-
-    Pillow resizes first across, then down. Of the columns, only those kept go on to the second.
-    """
-
-    def __init__(self, shorter_side, size):
-        self.shorter_side, self.size = shorter_side, size
-
-    def __call__(self, image):
-        width, height = image.size
-        columns = max(self.shorter_side, int(self.shorter_side * width / height))
-        lines = max(self.shorter_side, int(self.shorter_side * height / width))
-        left, top = (round((length - self.size) / 2) for length in (columns, lines))
-        image = image.resize((columns, height), Image.BILINEAR)
-        image = image.crop((left, 0, left + self.size, height))
-        image = image.resize((self.size, lines), Image.BILINEAR)
-        return image.crop((0, top, self.size, top + self.size))
-
-    def __repr__(self):
-        return f"ResizeAndCentre(shorter_side={self.shorter_side}, size={self.size})"
-
-
-class RandomCropToWidth(transforms.RandomResizedCrop):
-    """RandomResizedCrop, but a crop with fewer lines than asked for keeps its lines.
-
-    ToNormalizedTensor fills in the others, which takes it half the time that Pillow needs.
-    """
-
-    def forward(self, image):
-        """Crop an RGB PIL image: as wide as asked for, and as high or lower."""
-        top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        crop = image.crop((left, top, left + width, top + height))
-        lines, columns = self.size
-        return crop.resize((columns, min(height, lines)), Image.BILINEAR)
-
-
-class ToNormalizedTensor:
-    """An RGB PIL image as a normalised float tensor, enlarged to `lines` if it has fewer.
-
-    The values are bit for bit those of torchvision's ToTensor and then Normalize, in less time.
-    """
-
-    def __init__(self, mean, std, lines=0):
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-        self.lines = lines
-
-    def __call__(self, image):
-        # Pillow packs "RGB;L" line by line: the reds of a line, its greens, its blues.
-        pixels = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
-        planes = pixels.reshape(image.height, 3, image.width).transpose(1, 0, 2)
-        planes = _enlarge(planes, self.lines) if image.height < self.lines else planes.copy()
-        return torch.from_numpy(planes).float().div_(255).sub_(self.mean).div_(self.std)
-
-    def __repr__(self):
-        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return f"ToNormalizedTensor(mean={mean}, std={std}, lines={self.lines})"
-
-
-def _enlarge(planes, lines):
-    """Bilinear interpolation to more lines, in Pillow's fixed-point arithmetic."""
-    planes = planes.astype(np.int32)
-    (above, weight_above), (below, weight_below) = _neighbours(planes.shape[1], lines)
-    enlarged = np.take(planes, above, axis=1)
-    enlarged *= weight_above
-    second = np.take(planes, below, axis=1)
-    second *= weight_below
-    enlarged += second
-    enlarged += 1 << (FRACTION_BITS - 1)  # to round, not to cut off
-    enlarged >>= FRACTION_BITS
-    return enlarged
-
-
-@functools.lru_cache(maxsize=1024)
-def _neighbours(height, lines):
-    """For each of `lines`, the two of `height` lines it lies between, with their weights."""
-    # Line n of the image has its middle at n + 0.5.
-    position = np.maximum((np.arange(lines) + 0.5) * (height / lines) - 0.5, 0)
-    above = position.astype(np.int64)
-    below = np.minimum(above + 1, height - 1)
-    share = ((position - above) * (1 << FRACTION_BITS) + 0.5).astype(np.int32)[:, None]
-    return (above, (1 << FRACTION_BITS) - share), (below, share)
-
-
-def build_transform(is_train, args):
+def build_transform(is_train: bool, args: Any) -> Callable:
     """MoCo v3's transforms for fine-tuning, with DeiT's random erasing if `args.reprob` is set.
 
     Training: RandomResizedCrop (5 % of the area and up), flip, ToTensor, Normalize. Evaluation:
-    Resize to 256/224 of the input size, CenterCrop, ToTensor, Normalize. All of it bilinear.
+    Resize to 256/224 of the input size, CenterCrop, ToTensor, Normalize. Both are bilinear.
 
     Args:
         is_train: for training, or else for evaluation.
-        args: with `input_size` in pixels; and for training, where they exist, `reprob` (0 to 1),
+        args: with `input_size` in pixels; for training, where they exist, `reprob` (0 to 1),
             `remode` and `recount`, timm's options of random erasing.
 
     Returns:
         A callable that takes an RGB PIL image of any size and returns a float32 tensor of shape
-        (3, input_size, input_size): 0 to 1, less ImageNet's mean, by its deviation (timm's
-        constants), so -2.12 to 2.64.
+        (3, input_size, input_size), normalised by ImageNet's mean and deviation: -2.12 to 2.64.
     """
     size = args.input_size
-    to_tensor = ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, lines=size)
+    to_tensor = [
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    ]
     if not is_train:
-        return transforms.Compose([ResizeAndCentre(int(256 / 224 * size), size), to_tensor])
-    crop = RandomCropToWidth((size, size), scale=(0.05, 1.0))
-    steps = [crop, transforms.RandomHorizontalFlip(), to_tensor]
+        resize = [transforms.Resize(int(256 / 224 * size)), transforms.CenterCrop(size)]
+        return transforms.Compose(resize + to_tensor)
+    crop = transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0))
+    steps = [crop, transforms.RandomHorizontalFlip(), *to_tensor]
     if getattr(args, "reprob", 0) > 0:
         mode, count = getattr(args, "remode", "pixel"), getattr(args, "recount", 1)
         steps.append(RandomErasing(args.reprob, mode=mode, max_count=count, device="cpu"))
     return transforms.Compose(steps)
 
 
-class CheckedCIFAR:
-    """Makes torchvision's CIFAR classes safe to build in many processes at once.
-
-    An absent folder is downloaded, and checksums are taken, by one process while the others
-    wait. That is so whatever `download` says, which is there for the signature that all data
-    sets share. Files other than the official ones are used, with a warning, if they hold the
-    arrays they should and nothing else. Raises FileNotFoundError for a missing file, ValueError
-    for a broken one and OSError for a failed download, each in one line.
-    """
-
-    def __init__(self, root, train=True, transform=None, target_transform=None, download=True):
-        root = os.path.expanduser(os.fspath(root))
-        archive = Resource(self.filename, self.tgz_md5, self.base_folder)
-        download_missing(root, self.url[: -len(self.filename)], [archive])
-        unofficial = _unofficial_files(type(self), root)
-        VisionDataset.__init__(self, root, transform=transform, target_transform=target_transform)
-        self.train = train
-        self._read(os.path.join(root, self.base_folder))
-        if unofficial:
-            split, official = ("training", 50000) if train else ("test", 10000)
-            warnings.warn(
-                f"{os.path.join(root, self.base_folder)} has {len(self)} {split} images, the "
-                f"official set {official}; not the official files (md5): {', '.join(unofficial)}",
-                stacklevel=2,
-            )
-
-    def _read(self, folder):
-        """What torchvision's __init__ does, which unpickles whatever it finds."""
-        files = self.train_list if self.train else self.test_list
-        parts = [_read_arrays(os.path.join(folder, name)) for name, _ in files]
-        images = np.concatenate([part["data"] for part in parts])
-        self.data = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        self.targets = [label for part in parts for label in _labels(part)]
-        self.classes = _read_arrays(os.path.join(folder, self.meta["filename"]))[self.meta["key"]]
-        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
-
-
-class CIFAR10(CheckedCIFAR, torchvision.datasets.CIFAR10):
-    """`CIFAR-10 <https://www.cs.toronto.edu/~kriz/cifar.html>`_: 50000 and 10000 images.
-
-    Items are a 32 x 32 RGB PIL image, or what `transform` makes of it, and a label, 0 to 9.
-    """
-
-    CLASSES = 10
-
-
-class CIFAR100(CheckedCIFAR, torchvision.datasets.CIFAR100):
-    """`CIFAR-100 <https://www.cs.toronto.edu/~kriz/cifar.html>`_: 50000 and 10000 images.
-
-    Items are a 32 x 32 RGB PIL image, or what `transform` makes of it, and a label, 0 to 99.
-    """
-
-    CLASSES = 100
-
-
-def _unofficial_files(cifar, root):
-    """Names of the files whose md5 is not the official one; an earlier check left a marker."""
-    folder = os.path.join(root, cifar.base_folder)
-    stamps = tuple(_stamps(cifar, folder))
-    unofficial = _read_marker(folder, stamps)
-    if unofficial is None:
-        with contextlib.ExitStack() as stack:
-            # Where nothing can be written, each process checks for itself.
-            with contextlib.suppress(OSError):
-                stack.enter_context(exclusive(root))
-            unofficial = _read_marker(folder, stamps)
-            if unofficial is None:
-                unofficial = _check_files(cifar, folder, stamps)
-                _write_marker(folder, stamps, unofficial)
-    return unofficial
-
-
-def _stamps(cifar, folder):
-    """What tells each file as the one that was checked. Nobody can choose a file's ctime."""
-    meta = (cifar.meta["filename"], cifar.meta["md5"])
-    for name, md5 in [*cifar.train_list, *cifar.test_list, meta]:
-        path = os.path.join(folder, name)
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"{path} is missing; add it, or delete {folder} to have it downloaded anew"
-            ) from None
-        yield name, md5, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _read_marker(folder, stamps):
-    """The outcome of an earlier check, or None if there was none of these very files."""
-    try:
-        with open(os.path.join(folder, MARKER)) as file:
-            marker = json.load(file)
-        same = marker["files"] == [list(stamp) for stamp in stamps]
-        return marker["unofficial"] if same else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def _write_marker(folder, stamps, unofficial):
-    marker = os.path.join(folder, MARKER)
-    with contextlib.suppress(OSError):
-        with open(marker + ".part", "w") as file:
-            json.dump({"files": stamps, "unofficial": unofficial}, file)
-        os.replace(marker + ".part", marker)
-
-
-@functools.lru_cache(maxsize=None)
-def _check_files(cifar, folder, stamps):
-    """Names of the files that are not the official ones, once their contents are known good."""
-    checksums = {name: md5 for name, md5, *_ in stamps}
-    unofficial = []
-    for name, md5 in checksums.items():
-        path = os.path.join(folder, name)
-        if check_integrity(path, md5):
-            continue
-        try:
-            _check_contents(cifar, name, _read_arrays(path))
-        except Exception as error:  # a broken pickle raises all sorts
-            raise ValueError(
-                f"{path} is no file of {cifar.__name__}: {one_line(error)}; mend it, or delete "
-                f"{folder} to have it downloaded anew"
-            ) from error
-        unofficial.append(name)
-    return unofficial
-
-
-def _read_arrays(path):
-    """Unpickle a file of unknown origin, which might otherwise run code of its own."""
-    with open(path, "rb") as file:
-        return ArrayUnpickler(file, encoding="latin1").load()
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Unpickles NumPy arrays of bytes and plain values; refuses all else.
-
-    The Python implementation, since the C one allocates gigabytes at a single damaged byte. And
-    nothing that could be called makes an array of any size from nothing.
-    """
-
-    def find_class(self, module, name):
-        """What stands in for a name in the pickle; raises UnpicklingError for all others."""
-        if (module, name) not in ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.80}")
-        stand_ins = {"ndarray": None, "_reconstruct": _no_bytes, "dtype": _byte_type}
-        return stand_ins[name] if name in stand_ins else super().find_class(module, name)
-
-
-def _no_bytes(*_):
-    """The array whose contents the pickle then sets."""
-    return np.empty(0, np.uint8)
-
-
-def _byte_type(kind, *_):
-    if kind != "u1":
-        raise pickle.UnpicklingError("it has an array of other numbers than bytes")
-    return np.dtype(kind)
-
-
-def _check_contents(cifar, name, contents):
-    if name == cifar.meta["filename"]:
-        classes = contents[cifar.meta["key"]]
-        if type(classes) is not list or not all(type(name) is str for name in classes):
-            raise ValueError(f"{cifar.meta['key']!r} must be a list of names")
-        return
-    images = contents["data"]
-    labels = _labels(contents)
-    if type(images) is not np.ndarray or images.dtype != np.uint8 or images.shape[1:] != (3072,):
-        raise ValueError("'data' must be a uint8 array of shape (N, 3072)")
-    if type(labels) is not list or len(labels) != len(images):
-        raise ValueError(f"labels must be a list of {len(images)}, as there are images")
-    if not all(type(label) is int and 0 <= label < cifar.CLASSES for label in labels):
-        raise ValueError(f"labels must be whole numbers from 0 to {cifar.CLASSES - 1}")
-
-
-def _labels(contents):
-    return contents["labels" if "labels" in contents else "fine_labels"]
-
-
-# The choice of --data-set. Each class has a number of CLASSES.
-DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "flowers": Flowers, "pets": Pets}
-
-
-def build_dataset(is_train, args):
+def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
     """The data set `args.data_set` at `args.data_path`, and its number of classes.
+
+    Data that are complete are used as they are. What is missing is downloaded, by one process of
+    a machine while the others wait: CIFAR always, Flowers and Pets if `args.download` is true.
 
     Args:
         is_train: the training images, or else the test images.
@@ -339,20 +63,210 @@ def build_dataset(is_train, args):
     Returns:
         (dataset, int): items are a tensor as build_transform makes it, and a label as Python int.
 
-    Raises:
-        NotImplementedError: another data set than the four.
-        FileNotFoundError, ValueError, OSError: as the data set's class says, in one line.
+    Raises, each with one line that says what to do:
+        NotImplementedError: the data set is none of DATA_SETS.
+        FileNotFoundError, NotADirectoryError: something is missing.
+        ValueError: a file is not what it should be.
+        OSError: a failed download; or, when asked for an image, that it cannot be decoded.
     """
     if args.data_set not in DATA_SETS:
         raise NotImplementedError(
             f"--data-set {args.data_set}: the choice is {', '.join(DATA_SETS)}; for ImageNet use "
-            f"DeiT's own datasets.py, in an untouched checkout"
+            f"`--data-set folder`, or DeiT without these modules"
         )
-    dataset_class = DATA_SETS[args.data_set]
-    dataset = dataset_class(
-        args.data_path,
-        train=is_train,
-        transform=build_transform(is_train, args),
-        download=getattr(args, "download", False),
-    )
-    return dataset, dataset_class.CLASSES
+    data_set = DATA_SETS[args.data_set]
+    root = os.path.abspath(os.path.expanduser(args.data_path))
+    transform = build_transform(is_train, args)
+    build = functools.partial(data_set.build, root, train=is_train, transform=transform)
+    try:
+        dataset = build(download=False)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        _refuse_download(data_set, root, error.filename, getattr(args, "download", False))
+        dataset = _download(data_set, root, build)
+    return dataset, len(dataset.classes)
+
+
+class DataSet(NamedTuple):
+    """A choice of --data-set."""
+
+    build: Callable  # takes root, train, transform and download, like torchvision's classes
+    layout: Tuple[str, ...]  # what the root must contain, as patterns of `glob`
+    url: str = ""  # of the folder with the files to download
+    md5: Dict[str, str] = {}  # of these files
+    always_download: bool = False
+
+
+def _cifar(cifar: Any) -> DataSet:
+    """torchvision's CIFAR10 or CIFAR100, which loads nothing but the official files."""
+    files = [f"{cifar.base_folder}/{name}" for name, _ in cifar.train_list + cifar.test_list]
+    files.append(f"{cifar.base_folder}/{cifar.meta['filename']}")
+
+    def build(root, train, transform, download):
+        if download:
+            download_and_extract_archive(cifar.url, root, md5=cifar.tgz_md5)
+        for name in files:
+            os.stat(os.path.join(root, name))  # raises FileNotFoundError
+        try:
+            return cifar(root, train=train, transform=transform)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{os.path.join(root, cifar.base_folder)} contains other files than the official "
+                f"ones (their md5 differs): delete it, and they are downloaded"
+            ) from error
+
+    url = os.path.dirname(cifar.url) + "/"
+    return DataSet(build, tuple(files), url, {cifar.filename: cifar.tgz_md5}, always_download=True)
+
+
+def _image_folder(root: str, train: bool, transform: Callable, download: bool) -> ImageFolder:
+    """The images of root/train/CLASS/, or of root/val/CLASS/; root/test/ where there is no val/."""
+    train_classes = _folders_in(os.path.join(root, "train"))
+    test = next((name for name in ("val", "test") if os.path.isdir(os.path.join(root, name))), None)
+    if test is None:
+        there = ", ".join(sorted(_folders_in(root)))
+        raise ValueError(f"{root} has neither a folder val/ nor test/, only {there}")
+    unequal = sorted(train_classes ^ _folders_in(os.path.join(root, test)))
+    if unequal:
+        raise ValueError(
+            f"train/ and {test}/ in {root} must have the same class folders; in only one of them: "
+            f"{', '.join(unequal)}"
+        )
+    folder = os.path.join(root, "train" if train else test)
+    try:
+        dataset = ImageFolder(folder, transform, loader=read_image)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {_one_line(error)}") from error
+    empty = sorted(train_classes - {dataset.classes[label] for label in dataset.targets})
+    if empty:  # older torchvision takes them
+        raise ValueError(f"{folder}: found no images for the classes {', '.join(empty)}")
+    return dataset
+
+
+def _folders_in(path: str) -> Set[str]:
+    with os.scandir(path) as entries:
+        return {entry.name for entry in entries if entry.is_dir()}
+
+
+DATA_SETS = {
+    "cifar10": _cifar(CIFAR10),
+    "cifar100": _cifar(CIFAR100),
+    "flowers": DataSet(
+        Flowers, ("jpg/image_*.jpg", "imagelabels.mat", "setid.mat"), Flowers.url, Flowers.md5
+    ),
+    "pets": DataSet(
+        Pets, ("annotations/trainval.txt", "annotations/test.txt", "images/*.jpg"),
+        Pets.url, Pets.md5,
+    ),
+    "folder": DataSet(_image_folder, ("train/*/*",)),
+}
+
+
+def _refuse_download(data_set: DataSet, root: str, missing: str, asked: bool) -> None:
+    """Raise FileNotFoundError with what to do instead, unless a download is what helps."""
+    layout = ", ".join(data_set.layout)
+    if os.path.isfile(root):
+        raise NotADirectoryError(f"{root} is a file: pass the folder that contains {layout}")
+    allowed = data_set.always_download or (asked and data_set.url)
+    found = _elsewhere(data_set.layout, root) or _near_miss(missing, root)
+    if found and (os.path.isdir(root) or not allowed):
+        raise FileNotFoundError(f"{missing} is missing; {found}")
+    if not allowed:
+        damaged = _damaged_archive(data_set.md5, root)
+        reason = f"; {damaged}" if damaged else f": {root} must contain {layout}"
+        advice = f"; --download gets it from {data_set.url}" if data_set.url else ""
+        raise FileNotFoundError(f"{missing} is missing{reason}{advice}")
+
+
+def _elsewhere(layout: Tuple[str, ...], root: str) -> Optional[str]:
+    """What to pass or move where the data are a level above `root` or up to two below it."""
+    folders = [root, os.path.dirname(root)]
+    for depth in ("*", "*/*"):
+        below = glob.glob(os.path.join(glob.escape(root), depth, ""))
+        folders += sorted(os.path.dirname(folder) for folder in below)
+
+    def contains(folder, pattern):
+        return any(glob.iglob(os.path.join(glob.escape(folder), pattern)))
+
+    for folder in folders:
+        if all(contains(folder, pattern) for pattern in layout):
+            return None if folder == root else f"it is in {folder}: pass --data-path {folder}"
+    moves = []
+    for pattern in layout:
+        places = [folder for folder in folders if contains(folder, pattern)]
+        if not places:
+            return None
+        if places[0] != root:
+            target = os.path.dirname(os.path.join(root, pattern))
+            moves.append(f"{os.path.join(places[0], pattern)} to {target}")
+    return f"it is one level off: move {' and '.join(moves)}"
+
+
+def _near_miss(missing: str, root: str) -> Optional[str]:
+    """What is there under a name in other upper or lower case, or an image with another ending."""
+    folder, name = os.path.split(missing)
+    while not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+
+    def key(name):
+        stem, ending = os.path.splitext(name.lower())
+        return stem if ending in IMG_EXTENSIONS else stem + ending
+
+    for other in sorted(os.listdir(folder)):
+        if other != name and key(other) == key(name):
+            found, at_root = os.path.join(folder, other), os.path.join(folder, name) == root
+            advice = f"pass --data-path {found}" if at_root else f"rename it to {name}"
+            return f"{found} is there: {advice}"
+    return None
+
+
+def _damaged_archive(md5: Dict[str, str], root: str) -> Optional[str]:
+    """An archive that is there and is not the official one. Other files may be the user's own."""
+    for name in md5:
+        path = os.path.join(root, name)
+        found = calculate_md5(path) if name.endswith("gz") and os.path.isfile(path) else md5[name]
+        if found != md5[name]:
+            return f"the checksum (md5) of {path} is {found} instead of {md5[name]}"
+    return None
+
+
+def _download(data_set: DataSet, root: str, build: Callable) -> Any:
+    """The data set, once this process or another one of the machine has downloaded it."""
+    with _one_process_at_a_time(root):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return build(download=False)
+        damaged = _damaged_archive(data_set.md5, root)
+        if damaged:
+            warnings.warn(f"{damaged}; it is downloaded anew", stacklevel=3)
+        try:
+            return build(download=True)
+        except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
+            raise OSError(
+                f"cannot download from {data_set.url}: {_one_line(error)}; the same command again "
+                f"goes on, also with files put into {root} by hand: {', '.join(data_set.md5)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(folder: str) -> Iterator[None]:
+    """A lock between the processes of a machine, or a warning where there are none."""
+    path = os.path.join(folder, ".download.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # not on Windows
+
+            os.makedirs(folder, exist_ok=True)
+            file = stack.enter_context(open(path, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            warnings.warn(
+                f"downloading to {folder} without a lock ({_one_line(error)}): let no other "
+                f"process do the same", stacklevel=4,
+            )
+        yield
+        # The data are there, so whoever waits for this lock, or makes a new one, has no use for it.
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,58 +1,48 @@
 #!/usr/bin/env python3
-"""What every process of a run executes: find DeiT, adapt it from outside, call its main(args)."""
+"""What each process of a run executes: DeiT's main(args), patched by the package deit_plugin."""
 import sys
 
-import deit
-import failures
-import options
-import versions
+from deit_plugin import checkout, errors, versions
 
 
 def main():
-    """Fine-tune, with DeiT's flags and those of options.py on the command line."""
-    failures.watch_launcher()
-    try:
-        deit_main = import_deit()
-        import datasets  # ours, which deit.import_main has made sure of
-
-        run(deit_main, options.parse(deit_main, datasets.DATA_SETS))
-    except failures.Refusal as refusal:
-        verdict = "\nverdict: not ready" if "--check" in sys.argv else ""
-        raise failures.Refusal(f"{refusal}{verdict}") from refusal
-
-
-def import_deit():
-    """DeiT's ``main`` module, adapted to the versions that are here."""
-    folder = deit.find()
+    """Fine-tune, with DeiT's flags and ours on the command line."""
+    errors.die_with_launcher()
+    folder = checkout.find()
     versions.check()
-    versions.adapt_before_import()
-    deit_main = deit.import_main(folder)
-    versions.adapt(deit_main)
-    return deit_main
+    versions.patch_before_import()
+    deit = checkout.import_main(folder)
+    versions.patch(deit)
+    run(deit, sys.argv[1:])
 
 
-def run(deit_main, args):
+def run(deit, arguments):
     """Run DeiT's ``main(args)`` with a Run in the place of its functions."""
-    import check
-    import cpu
-    import moco_v3_vit  # noqa: F401  (registers its model with timm)
-    from run import Run
+    import datasets  # ours, as import_main has made sure
 
+    from deit_plugin import check, cpu, models, options, output  # noqa: F401 (models: for timm)
+    from deit_plugin.run import Run
+
+    args = options.parse(deit, datasets.DATA_SETS, arguments)
     if args.device == "cpu":
-        cpu.adapt(deit_main)
-    this_run = Run(deit_main, args)
+        cpu.patch(deit)
     if args.check:
-        check.report(this_run)
-        return
-    this_run.prepare()
-    if this_run.is_over:
-        if this_run.rank == 0:
-            print(f"{this_run.start_path} has all {args.epochs} epochs: nothing left to train")
-        return
+        return check.report(deit, args)
+    options.check_gpus(args)
+    folder = output.RunFolder(args, options.rank())
+    folder.claim()
+    start = folder.find_start(args)
+    options.complete(args, start)
+    if start.continues and start.epoch >= args.epochs:
+        if options.rank() == 0:
+            print(f"{start.path} has all {args.epochs} epochs: nothing left to train")
+        return None
+    folder.begin(start.epoch, args.overwrite)
+    this_run = Run(deit, args, folder, start)
     this_run.stand_in()
-    deit_main.main(args)
-    this_run.finish()
+    deit.main(args)
+    return this_run.finish()
 
 
 if __name__ == "__main__":
-    failures.guard(main)
+    errors.guard(main)

@@ -2,7 +2,7 @@
 # What the recipes share: the common hyper-parameters, and torch's launcher.
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 
 usage() {
     cat <<'END'
@@ -10,19 +10,21 @@ usage: scripts/{cifar10,cifar100,flowers,pets}.sh --resume CONVERTED --data-path
                                                   --output_dir FOLDER [any flag of DeiT's]
 
 Fine-tunes a converted MoCo v3 checkpoint with DeiT by the published recipe. Your own flags come
-last, so each overrides the recipe's.
+last, so each overrides the recipe's. The same command again continues a run that was stopped.
 
   --resume FILE      what convert_to_deit.py wrote
   --data-path DIR    the data set's folder (see README.md; CIFAR is downloaded when absent)
-  --output_dir DIR   takes checkpoint.pth, best_checkpoint.pth and log.txt; the same command again
-                     continues a run that was stopped
-  --batch-size N     images of each process (128)
+  --output_dir DIR   takes checkpoint.pth, best_checkpoint.pth, log.txt and run.json
+  --batch-size N     images per process (128)
+  --accum-iter N     batches per process for one optimizer step (1)
   --eval-freq N, --save-freq N
                      evaluate, and write checkpoint.pth, every N epochs and after the last
-  --download         fetch Flowers or Pets where absent
-  --overwrite        start anew in an --output_dir that holds a run, deleting that run
+  --data-set folder  your own images, in train/CLASS/ and val/CLASS/ of --data-path
+  --download         download Flowers or Pets where absent
+  --overwrite        start anew in an --output_dir that contains a run, deleting that run
+  --eval             evaluate --resume, a checkpoint of a run
   --device cpu       rehearse without a GPU
-  --check            check all that a launch needs, and every image; train nothing
+  --check            check what a launch needs, and every image; train nothing
   --dry-run          print the complete command and stop
   --all-flags        list every flag, DeiT's and ours
   --help             this text
@@ -32,47 +34,44 @@ environment, with defaults:
   PYTHON             the Python to use (python3)
   NPROC_PER_NODE     processes on this machine, one for each GPU (8)
   NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-                     several machines (1, 0, 127.0.0.1, 29500; one machine takes a free port)
+                     several machines (1, 0, 127.0.0.1, 29500); one machine needs none of them
 END
 }
 
-launcher=("$here/torch_launcher.py"
-    --nproc_per_node "${NPROC_PER_NODE:-8}"
-    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
-    --master_addr "${MASTER_ADDR:-127.0.0.1}")
-if [[ -n "${MASTER_PORT:-}" || "${NNODES:-1}" != 1 ]]; then
-    launcher+=(--master_port "${MASTER_PORT:-29500}")
+refuse() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
+export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1}
+[[ $NPROC_PER_NODE$NNODES =~ ^[1-9][0-9]*$ ]] \
+    || refuse "NPROC_PER_NODE=$NPROC_PER_NODE, NNODES=$NNODES: both must be whole numbers, 1 or more"
+launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
+if [[ $NNODES != 1 ]]; then # what else a machine's environment says of other machines is not ours
+    [[ ${NODE_RANK:-0} =~ ^[0-9]+$ ]] && ((${NODE_RANK:-0} < NNODES)) \
+        || refuse "NODE_RANK=${NODE_RANK:-0}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
+    launcher+=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+        --master_port "${MASTER_PORT:-29500}")
 fi
-run=("$here/finetune.py"
-    --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4 --warmup-epochs 3
-    --no-pin-mem --no-repeated-aug --eval-freq 10)
+run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
+    --warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10)
 
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;
-        --all-flags) run=("$here/finetune.py" --help); launcher=(); break ;;
+        --all-flags) launcher=(); run=("$here/finetune.py" --help); break ;;
         --dry-run) dry_run=yes ;;
-        --check) check=yes ;;
+        --check) launcher=(); run+=(--check) ;; # one process looks ahead to NPROC_PER_NODE
         *) run+=("$argument") ;;
     esac
 done
-if [[ -n ${check:-} ]]; then  # by one process, without the launcher
-    export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
-    run+=(--check)
-    launcher=()
-fi
 # Bash before 4.4 takes an empty array for one that is not set.
-command=("${PYTHON:-python3}" -u ${launcher[@]+"${launcher[@]}"} "${run[@]}")
-
+command=("$python" -u ${launcher[@]+"${launcher[@]}"} "${run[@]}")
 if [[ -n ${dry_run:-} ]]; then
-    if [[ -n "${DEIT_DIR:-}" ]]; then printf 'DEIT_DIR=%q ' "$DEIT_DIR"; fi
-    if [[ -n ${check:-} ]]; then printf 'NPROC_PER_NODE=%q ' "$NPROC_PER_NODE"; fi
-    printf '%q ' "${command[@]}"
+    printf '%q ' env "NPROC_PER_NODE=$NPROC_PER_NODE" ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} "${command[@]}"
     echo
     exit 0
-fi
-if ! command -v "${PYTHON:-python3}" >/dev/null; then
-    echo "error: PYTHON=${PYTHON:-python3} is not a command: set PYTHON to your Python" >&2
-    exit 2
 fi
 exec "${command[@]}"

@@ -1,134 +1,243 @@
 #!/usr/bin/env python3
-"""What fine-tuning runs came to: one table, and their curves as pictures.
+"""What fine-tuning runs came to, finished, running or crashed: one table and one picture.
 
-The table needs nothing but Python. The pictures need matplotlib (requirements-report.txt).
+    python scripts/report.py out/*
+
+The table needs nothing but Python. The picture needs matplotlib: report.png goes into each run's
+folder and, for several runs, comparison.png into --output.
 """
 import argparse
+import io
+import json
+import math
 import sys
 from pathlib import Path
+from typing import List, Optional, Tuple
 
-from failures import Refusal, guard
-from logged_run import LoggedRun
+# Accuracy in % by the table in MoCo v3's transfer/README.md; train and test images of the data set.
+PUBLISHED = {"cifar10": (98.9, 50000, 10000), "cifar100": (90.5, 50000, 10000),
+             "flowers": (97.7, 2040, 6149), "pets": (93.2, 3680, 3669)}
+COLUMNS = ("run", "data set", "epochs", "best %", "last %", "published %", "vs. published",
+           "h:mm:ss")
+LEGEND = """
+published: by MoCo v3's authors, not run here: ViT-Base, 300 epochs of pre-training, 100 of
+           fine-tuning; compared only with finished runs of that recipe on the whole data set
+h:mm:ss:   training and evaluation; with > where the time of some epochs is not known
+"""
+PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss",
+          "train_lr": "Learning rate"}
+STYLE = {"figure.figsize": (13, 7.3), "figure.dpi": 150, "figure.constrained_layout.use": True,
+         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.1,
+         "font.size": 11, "figure.titlesize": 14, "axes.titlesize": 12, "axes.titleweight": "bold",
+         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+         "axes.edgecolor": "#b0b0b0", "xtick.color": "#555555", "ytick.color": "#555555",
+         "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
+         "lines.linewidth": 1.8, "lines.markersize": 5, "legend.edgecolor": "none"}
+# By Okabe and Ito, for colour-blind readers too; their yellow and black are left out.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-COLUMNS = ("run", "data set", "epochs", "best %", "last %", "published %", "distance", "h:mm:ss")
-NUMBERS = COLUMNS[3:]
-LEGEND = """\
-published: by MoCo v3's authors, with ViT-Base, 300 epochs of pre-training, 100 of fine-tuning
-distance: best accuracy less the published one, in points
-h:mm:ss: training time, with evaluation and saving"""
-UNKNOWN = "-"
-LONGEST_NAME = 40
 
+class Run:
+    """What log.txt and run.json in ``folder`` say. Raises OSError where that is no run.
 
-def find(folders):
-    """The runs among ``folders``, and a line on each folder that is none.
-
-    Raises Refusal if there is no run at all.
+    rows: one dict of finite numbers for each epoch; settings: {} where unknown; differs: which of
+    them differ from the published recipe, None where unknown; images: how many train, test images.
     """
-    runs, others = [], []
-    for folder in folders:
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, str(folder if folder.name else folder.resolve())
+        self.label = self.name[-40:].replace("$", r"\$")  # matplotlib reads $...$ as a formula
+        self.rows, self.notes = [], []
+        self.settings, self.differs, self.images = {}, None, None
+        log, about = folder / "log.txt", folder / "run.json"
+        if log.exists() or not about.exists():  # there is no log.txt before the first epoch's end
+            self._read_log(log.read_bytes().splitlines())
+        if about.exists():
+            self._read_settings(about.read_bytes())
+        else:
+            self.notes.append("has no run.json: data set and settings are unknown")
+        self.published, *whole = PUBLISHED.get(self.settings.get("data_set"), (None,))
+        self.comparable = bool(whole) and self.differs == [] and self.images == whole
+        if self.differs:
+            self.notes.append("settings differ from the published recipe: "
+                              + ", ".join(self.differs))
+        if whole and self.images != whole:
+            self.notes.append(f"not the whole data set: has {self.images[0]} of {whole[0]} train "
+                              f"images, {self.images[1]} of {whole[1]} test images")
+
+    def _read_log(self, lines: List[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = {key: value for key, value in json.loads(line).items()
+                       if isinstance(value, (int, float)) and math.isfinite(value)}
+                # An epoch that was trained again after a crash replaces what had followed.
+                self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
+            except (ValueError, AttributeError, KeyError):
+                which = "the last line" if number == len(lines) else f"line {number}"
+                self.notes.append(f"log.txt: {which} is damaged or half-written and left out")
+
+    def _read_settings(self, text: bytes) -> None:
         try:
-            runs.append(LoggedRun(folder))
-        except OSError as error:
-            others.append(f"{folder}: not a run (log.txt: {error.strerror})")
-    if not runs:
-        raise Refusal(f"no run found: name the --output_dir of one or more, as in out/*; "
-                      f"{'; '.join(others)}")
-    return runs, others
+            about = json.loads(text)
+            images, differs = [about["train_images"], about["test_images"]], about["differs"]
+            settings = {"data_set": str(about["settings"]["data_set"]),
+                        "epochs": int(about["settings"]["epochs"])}
+            self.settings, self.differs, self.images = settings, list(map(str, differs)), images
+        except (ValueError, TypeError, KeyError):
+            self.notes.append("run.json is damaged: data set and settings are unknown")
+
+    def curve(self, key: str) -> Tuple[List[int], List[float]]:
+        """Epochs, counted from 1, that logged ``key``, and its values."""
+        rows = [row for row in self.rows if key in row]
+        return [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
+
+    def cells(self) -> List[str]:
+        """The run's row of the table: a text for each of COLUMNS."""
+        accuracies = self.curve("test_acc1")[1] or [None]
+        best = max(accuracies)
+        done, planned = len(self.rows) and self.rows[-1]["epoch"] + 1, self.settings.get("epochs")
+        compared = self.comparable and done == planned and best is not None
+        return [self.name, self.settings.get("data_set", "-"),
+                f"{done} of {planned}" if planned else str(done),
+                number(best), number(accuracies[-1]), number(self.published, ".1f"),
+                number(best - self.published if compared else None, "+.2f"), self._time()]
+
+    def _time(self) -> str:
+        seconds = round(sum(sum(self.curve(key)[1]) for key in ("train_seconds", "test_seconds")))
+        known = all("train_seconds" in row and ("test_seconds" in row or "test_acc1" not in row)
+                    for row in self.rows)
+        clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return ("" if known else ">") + clock if seconds else "-"
 
 
-def row_of(run):
-    """The run's row of the table: a text for each of COLUMNS."""
-    _, accuracies = run.curve("test_acc1")
-    best, last = max(accuracies, default=None), (accuracies or [None])[-1]
-    published = run.published.accuracy if run.published else None
-    distance = best - published if accuracies and run.is_whole else None
-    texts = (_name(run.path), run.recipe.get("data_set", UNKNOWN), _progress(run),
-             _number(best, ".2f"), _number(last, ".2f"), _number(published, ".1f"),
-             _number(distance, "+.2f"), _time(run))
-    return dict(zip(COLUMNS, texts))
+def number(value: Optional[float], form: str = ".2f") -> str:
+    """The number as text, "-" for None."""
+    return "-" if value is None else format(value, form)
 
 
-def _name(path):
-    name = str(path if path.name else path.resolve())
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[:half - 2]}...{name[1 - half:]}"
+def table(runs: List[Run]) -> str:
+    """A line for each run under COLUMNS; numbers stand to the right."""
+    rows = [COLUMNS, *(run.cells() for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = "<<" + ">" * len(COLUMNS[2:])
+    return "\n".join("  ".join(f"{cell:{side}{width}}" for cell, side, width
+                               in zip(row, sides, widths)) for row in rows)
 
 
-def _progress(run):
-    done = run.rows[-1]["epoch"] + 1 if run.rows else 0
-    return f"{done} of {run.recipe['epochs']}" if "epochs" in run.recipe else str(done)
+def draw(runs: List[Run]) -> bytes:
+    """PNG with the curves of one or several runs. Raises ImportError without matplotlib."""
+    from cycler import cycler
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines = cycler(linestyle=["-", ":", "-."]) * cycler(color=COLOURS)
+    with style.context({**STYLE, "axes.prop_cycle": lines}, after_reset=True):
+        figure, png = Figure(), io.BytesIO()
+        first, *others = PANELS
+        panels = figure.subplot_mosaic([[first, other] for other in others],
+                                       gridspec_kw={"width_ratios": (1.8, 1)})
+        # After the panels and without x: otherwise matplotlib 3.3 leaves no room for it.
+        figure.suptitle(title(runs)).set(x=0.015, ha="left")
+        for key, panel in panels.items():
+            for run in runs:
+                epochs, values = run.curve(key)
+                panel.plot(epochs, values, marker="o" if len(epochs) <= 25 else "",
+                           label=f"{run.cells()[3]} %  {run.label}")
+            panel.set(title=PANELS[key], xlim=(0, 1.02 * max(run.rows[-1]["epoch"] + 1
+                                                             for run in runs)))
+            panel.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+            panel.yaxis.set_major_locator(MaxNLocator(10 if key == first else 4,
+                                                      steps=[1, 2, 5, 10]))
+            panel.yaxis.set_major_formatter("{x:g}")
+        panels[first].set_xlabel("epoch")
+        panels[others[-1]].set_xlabel("epoch")
+        explain(panels[first], runs)
+        figure.savefig(png, format="png")
+    return png.getvalue()
 
 
-def _number(number, form):
-    return UNKNOWN if number is None else format(number, form)
-
-
-def _time(run):
-    """The training time; with a > where not every epoch's is known."""
-    if not run.seconds:
-        return UNKNOWN
-    minutes, seconds = divmod(round(sum(run.seconds)), 60)
-    more = ">" if len(run.seconds) < len(run.rows) else ""
-    return f"{more}{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def table(rows):
-    """The rows, each a dict of COLUMNS, as aligned text under their headings."""
-    rows = [dict(zip(COLUMNS, COLUMNS)), *rows]
-    widths = {column: max(len(row[column]) for row in rows) for column in COLUMNS}
-    sides = {column: ">" if column in NUMBERS else "<" for column in COLUMNS}
-    return "\n".join("  ".join(f"{row[column]:{sides[column]}{widths[column]}}"
-                               for column in COLUMNS) for row in rows)
-
-
-def draw(runs, output):
-    """One picture in each run's folder, and one that compares several in ``output``; says where.
-
-    Without matplotlib it says what is missing instead.
-    """
-    try:
-        import curves
-    except ImportError as error:
-        sys.stderr.write(f"no pictures: they need matplotlib ({error}): "
-                         "pip install -r requirements-report.txt\n")
-        return
-    pictures = [([run], run.path / "report.png") for run in runs]
+def title(runs: List[Run]) -> str:
+    """What the picture shows."""
     if len(runs) > 1:
-        pictures.append((runs, output / "comparison.png"))
-    for shown, path in pictures:
+        return f"{len(runs)} runs with their best test accuracy"
+    _, data_set, epochs, *_ = runs[0].cells()
+    differs = ", settings differ from the published recipe" if runs[0].differs else ""
+    return f"{runs[0].label}    (data set: {data_set}, epochs: {epochs}{differs})"
+
+
+def explain(panel, runs: List[Run]) -> None:
+    """Add to matplotlib Axes: legend, published accuracies, best point of a run that is alone."""
+    panel.margins(y=0.1)
+    curves = panel.get_lines()
+    shown = list(curves) if len(runs) > 1 else []
+    colours = {run.settings["data_set"]: (run.published, line.get_color())
+               for run, line in zip(runs, curves) if run.comparable}
+    for data_set, (published, colour) in colours.items():
+        shown.append(panel.axhline(published, color=colour, linestyle="--", linewidth=1, zorder=1,
+                                   label=f"{published} %  published for {data_set}"))
+    if shown:
+        panel.legend(handles=shown, loc="best" if len(runs) > 1 else "lower right")
+    epochs, values = runs[0].curve("test_acc1")
+    if len(runs) == 1 and values:
+        epoch, best = epochs[values.index(max(values))], max(values)
+        panel.annotate(f"best: {best:.2f} %", (epoch, best), (0, 10), textcoords="offset points",
+                       ha="right" if epoch > panel.get_xlim()[1] / 2 else "left",
+                       color=COLOURS[0], weight="bold", backgroundcolor="white")
+
+
+def save(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    finally:
+        if aside.exists():
+            aside.unlink()
+
+
+def draw_all(runs: List[Run], output: Path) -> None:
+    """A picture of each run, and one of all that can be compared."""
+    pictures = [(runs, output / "comparison.png")] if len(runs) > 1 else []
+    for shown, path in pictures + [([run], run.folder / "report.png") for run in runs]:
         try:
-            curves.draw(shown, [row_of(run) for run in shown], path)
+            save(draw(shown), path)
         except OSError as error:
-            raise Refusal(f"cannot write {path} ({error.strerror}); --no-pictures prints the "
-                          "table alone") from error
+            stop(f"cannot write {path}: {error.strerror}")
         print(f"picture: {path}")
 
 
-def parse():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=(
-        "Exit status: 0, also if only the table could be made because matplotlib is missing; "
-        "2 if no run is found or a picture cannot be written."))
+def stop(message: str) -> None:
+    """End with one line on what is wrong."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Print the table and its notes, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
-                        help="--output_dir of a run, running, finished or crashed, as in out/*; "
-                        "what is no run is named and skipped")
+                        help="--output_dir of a run; what is no run is named and skipped")
     parser.add_argument("--output", default=".", type=Path, metavar="FOLDER",
-                        help="where the comparison.png of several runs goes (default: here); "
-                        "each run's report.png goes into its own folder")
-    parser.add_argument("--no-pictures", action="store_true", help="print the table alone")
-    return parser.parse_args()
-
-
-def main():
-    """Print the table, what one must know to read it, and where the pictures are."""
-    args = parse()
-    runs, others = find(args.folders)
-    notes = [f"{run.path}: {note}" for run in runs for note in run.notes()]
-    print(table(map(row_of, runs)), "", LEGEND, *notes, *others, sep="\n", flush=True)
-    if not args.no_pictures:
-        draw([run for run in runs if run.rows], args.output)
+                        help="where comparison.png goes for several runs (default: here)")
+    args = parser.parse_args()
+    runs, skipped = [], []
+    for folder in args.folders:
+        try:
+            runs.append(Run(folder))
+        except OSError as error:
+            skipped.append(f"{folder}: not a run, skipped (log.txt: {error.strerror})")
+    if not runs:
+        stop(f"no run found; name the --output_dir of a run; {'; '.join(skipped)}")
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    print(table(runs), LEGEND, *notes, *skipped, sep="\n", flush=True)
+    try:
+        draw_all([run for run in runs if run.rows], args.output)
+    except ImportError as error:
+        print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
 
 
 if __name__ == "__main__":
-    guard(main)
+    main()

@@ -1,12 +1,16 @@
-"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, and launches.
+"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, launches and kills.
 
-The DeiT is the miniature in mini_deit/, or with DEIT_DIR set a real checkout.
+The DeiT is the miniature in mini_deit/, or with DEIT_DIR set a real checkout. Most tests need one
+process and one era of the miniature (its HEAD); where two or all count, the test says so.
 """
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +18,11 @@ import pytest
 import generate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import harmless_load  # noqa: E402
-import versions  # noqa: E402
+import convert_to_deit  # noqa: E402
 
-versions.trust_namespace()
-saved = harmless_load.load
+saved = convert_to_deit.load
 REAL_DEIT = os.environ.get("DEIT_DIR")
 DEIT = Path(REAL_DEIT or ROOT / "tests" / "mini_deit").resolve()
 MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
@@ -28,17 +30,28 @@ MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
 ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
 RECIPES = ("cifar10", "cifar100", "flowers", "pets")
+TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
+
+
+def pytest_addoption(parser):
+    """--all: the slow tests, too."""
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked slow, unless all is asked for."""
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: tests/run.sh --all"))
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder with the four data sets, named like their recipes.
-
-    CIFAR has 50 training images, the others 49; all have 21 test images.
-    """
+    """Folder with the four data sets, named like their recipes: TRAIN_IMAGES, 21 test images."""
     folder = tmp_path_factory.mktemp("data")
-    generate.cifar(folder / "cifar10", "cifar10", train=50, test=21)
-    generate.cifar(folder / "cifar100", "cifar100", train=50, test=21)
+    for name in ("cifar10", "cifar100"):
+        generate.cifar(folder / name, name, train=TRAIN_IMAGES[name], test=21)
     for write in (generate.flowers, generate.pets):
         write(folder / write.__name__, classes=7, train_per_class=7, test_per_class=3)
     return folder
@@ -57,9 +70,16 @@ def checkpoint(tmp_path_factory):
     return converted
 
 
-def environment(processes=2, **variables):
+@pytest.fixture
+def flags(data, checkpoint, tmp_path):
+    """What a Pets run needs: weights, data, and a folder, which is tmp_path / "run"."""
+    return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
+
+
+def environment(processes=1, era=None, **variables):
     """The environment of a launch: with DEIT, this Python, and ``variables``; None removes one."""
-    known = {"DEIT_DIR": str(DEIT), "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes)}
+    known = {"DEIT_DIR": str(DEIT), "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes),
+             "PYTHONPATH": str(ROOT / "tests" / "any_cifar"), "MINI_DEIT_ERA": era}
     merged = {**os.environ, **known, **variables}
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -67,36 +87,28 @@ def environment(processes=2, **variables):
 def command(recipe, *flags, scripts=ROOT / "scripts"):
     """A launch of a recipe that takes seconds; ``flags`` come last."""
     small = ["--device", "cpu", "--model", MODEL, "--input-size", "32", "--batch-size", "8",
-             "--epochs", "2", "--eval-freq", "1", "--save-freq", "1", "--num_workers", "1"]
+             "--epochs", "2", "--eval-freq", "1", "--save-freq", "1", "--num_workers", "0"]
     return [str(part) for part in (scripts / f"{recipe}.sh", *small, *flags)]
 
 
-def launch(recipe, *flags, processes=2, era=None, scripts=ROOT / "scripts", **variables):
-    """Run a recipe to its end; return the completed process with its output as text."""
-    return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True,
-                          text=True, timeout=600,
-                          env=environment(processes, MINI_DEIT_ERA=era, **variables))
+def launch(recipe, *flags, scripts=ROOT / "scripts", script=None, **variables):
+    """Run a recipe to its end; return the completed process with its output as text.
 
-
-def instead(script, recipe, *flags, without=(), **variables):
-    """The launch of a recipe with another ``script`` of tests/ in the place of finetune.py.
-
-    without: flags to leave out, with their values.
+    script: one of tests/ to run in the place of finetune.py; variables: as for ``environment``.
     """
-    printed = launch(recipe, *flags, "--dry-run", **variables).stdout
-    arguments = [str(ROOT / "tests" / script) if part.endswith("/finetune.py") else part
-                 for part in shlex.split(printed) if not part.startswith("DEIT_DIR=")]
-    for flag in without:
-        while flag in arguments:
-            del arguments[arguments.index(flag):arguments.index(flag) + 2]
-    return arguments
+    words = command(recipe, *flags, scripts=scripts)
+    if script:
+        words = instead(script, words, **variables)
+    return subprocess.run(words, capture_output=True, text=True, timeout=600,
+                          env=environment(**variables))
 
 
-def launch_instead(script, recipe, *flags, processes=2, era=None, without=(), **variables):
-    """As ``launch``, with another ``script`` of tests/ in the place of finetune.py."""
-    arguments = instead(script, recipe, *flags, without=without, processes=processes, **variables)
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=600,
-                          env=environment(processes, MINI_DEIT_ERA=era, **variables))
+def instead(script, words, **variables):
+    """The command that ``words`` would run, with a ``script`` of tests/ instead of finetune.py."""
+    printed = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
+                             env=environment(**variables)).stdout
+    return [str(ROOT / "tests" / script) if word.endswith("/finetune.py") else word
+            for word in shlex.split(printed)]
 
 
 def train(recipe, *flags, **options):
@@ -111,10 +123,10 @@ def errors_of(stderr):
     return [line for line in stderr.splitlines() if not line.startswith("warning: ")]
 
 
-def refusal_of(done):
-    """The one line of a launch that was refused, with the exit status of a refusal."""
+def error_of(done, status=2):
+    """The one line of a launch that failed with that exit status."""
     lines = errors_of(done.stderr)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 
@@ -123,3 +135,61 @@ def log_of(folder):
     """The lines of a run's log.txt, each a dict; invalid JSON fails."""
     lines = Path(folder, "log.txt").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def rates_of(folder):
+    """The learning rate of each epoch in log.txt."""
+    return [row["train_lr"] for row in log_of(folder)]
+
+
+# Launches that are under way, to be killed
+
+
+@contextlib.contextmanager
+def running(recipe, *flags, **variables):
+    """A launch that is under way; ended with all its processes when the block is left."""
+    process = subprocess.Popen(
+        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, env=environment(**variables))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds=120, pause=0.05):
+    """Poll until ``condition()`` is true; its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(pause)
+    raise AssertionError("waited in vain")
+
+
+def processes_of(folder):
+    """Process ids of the finetune.py processes, and their data workers, that write to ``folder``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes()
+                if b"finetune.py" in line and str(folder).encode() in line \
+                        and b"launcher.py" not in line:
+                    found.append(int(entry.name))
+    return found
+
+
+def kill_all(run, folder):
+    """``kill -9`` for every process of a launch, as when its machine goes down."""
+    for process in [run.pid, *processes_of(folder)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    wait_for(lambda: not processes_of(folder), seconds=20)
+
+
+def lines_in(log):
+    """How many lines ``log`` has; none if it is not there."""
+    return len(log.read_bytes().splitlines()) if log.exists() else 0

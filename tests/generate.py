@@ -17,6 +17,8 @@ from PIL import Image
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+# What a process must have in its environment to read the CIFAR files made here.
+ANY_CIFAR = {"PYTHONPATH": str(Path(__file__).resolve().parent / "any_cifar")}
 
 
 def picture(label, rng, size=(80, 64)):
@@ -85,64 +87,37 @@ def _pets_quirks(folder, lines):
 def cifar(folder, name="cifar10", train=500, test=100, seed=0, archive=None):
     """CIFAR as torchvision reads it, `train` and `test` images in all; `archive`: also a .tar.gz.
 
-    Returns the folder of the batches.
+    Their md5 is not the official one: torchvision reads them only in a process that was started
+    with ANY_CIFAR in its environment. Returns the folder of the batches.
     """
     rng, base = np.random.default_rng(seed), Path(folder) / CIFAR_FOLDERS[name]
     base.mkdir(parents=True, exist_ok=True)
     if name == "cifar10":
         parts = {f"data_batch_{i + 1}": len(range(i, train, 5)) for i in range(5)}
         parts["test_batch"] = test
+        meta = "batches.meta", "label_names"
     else:
         parts = {"train": train, "test": test}
+        meta = "meta", "fine_label_names"
     for part, count in parts.items():
-        _python2_pickle(base / part, _cifar_batch(name, part, count, rng))
-    names = [f"class {label}".encode() for label in range(CIFAR_CLASSES[name])]
-    if name == "cifar10":
-        meta = {b"num_cases_per_batch": 10000, b"label_names": names, b"num_vis": 3072}
-        _python2_pickle(base / "batches.meta", meta)
-    else:
-        meta = {b"fine_label_names": names, b"coarse_label_names": names[:20]}
-        _python2_pickle(base / "meta", meta)
+        _pickle(base / part, _cifar_batch(name, count, rng))
+    _pickle(base / meta[0], {meta[1]: [f"class {i}" for i in range(CIFAR_CLASSES[name])]})
     if archive is not None:
         with tarfile.open(str(archive), "w:gz") as tar:
             tar.add(str(base), arcname=base.name)
     return base
 
 
-def _cifar_batch(name, part, count, rng):
+def _cifar_batch(name, count, rng):
     labels = rng.permutation(np.arange(count) % CIFAR_CLASSES[name])
     images = np.array([picture(label, rng, (32, 32)) for label in labels], np.uint8)
-    batch = {
-        b"batch_label": part.encode(),
-        b"data": images.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).reshape(-1, 3072).copy(),
-        b"filenames": [b"made_up_%06d.png" % i for i in range(count)],
-    }
-    if name == "cifar10":
-        return dict(batch, **{"labels": labels.tolist()})
-    return dict(batch, fine_labels=labels.tolist(), coarse_labels=(labels // 5).tolist())
+    data = images.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).reshape(-1, 3072).copy()
+    return {"data": data, "labels" if name == "cifar10" else "fine_labels": labels.tolist()}
 
 
-class _Python2Pickler(pickle._Pickler):
-    """Writes text as Python 2 did (`str`), and numpy's module under its old name."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_python2_str(self, text):
-        text = text.encode("ascii") if isinstance(text, str) else text
-        self.write(pickle.BINSTRING + len(text).to_bytes(4, "little") + text)
-
-    dispatch[bytes] = dispatch[str] = save_python2_str
-
-    def save_global(self, obj, name=None):
-        if getattr(obj, "__name__", "") == "_reconstruct":
-            self.write(pickle.GLOBAL + b"numpy.core.multiarray\n_reconstruct\n")
-        else:
-            super().save_global(obj, name)
-
-
-def _python2_pickle(path, value):
-    with open(path, "wb") as file:
-        _Python2Pickler(file, protocol=2).dump(value)
+def _pickle(path, value):
+    # NumPy's module under the name that every version can read, as in the official files.
+    path.write_bytes(pickle.dumps(value, protocol=2).replace(b"cnumpy._core.", b"cnumpy.core."))
 
 
 def sin_cos_table(width, side):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Lint and test everything, in a .venv of its own unless PYTHON is given. Arguments go to pytest.
+# Lint and test everything, in a .venv of its own unless PYTHON is given; --all: the slow tests and
+# all stacks, too. Other arguments go to pytest.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-PYTHON=$(scripts/setup.sh requirements.txt requirements-report.txt requirements-dev.txt)
+PYTHON=$(tests/setup.sh requirements.txt requirements-report.txt requirements-dev.txt)
 "$PYTHON" -m ruff check .
 PATH="$(dirname -- "$PYTHON"):$PATH" shellcheck scripts/*.sh tests/*.sh .ci/run
 "$PYTHON" -m pytest "$@"
-if (($# == 0)); then tests/matrix s1; fi  # the oldest stack, where its Python is there
+if [[ ${1:-} == --all ]]; then tests/matrix; fi

@@ -1,130 +1,127 @@
-"""report.py as a user runs it, on the folders of made-up runs."""
+"""report.py as a process on made-up folders: its table, its notes, its pictures."""
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, refusal_of
-
-BASE = {"data_set": "pets", "model": "deit_base_patch16_224", "epochs": 4, "input_size": 224}
-PETS = {"training images": 3680, "test images": 3669}
+REPORT = Path(__file__).resolve().parent.parent / "scripts" / "report.py"
+WHOLE = {"cifar10": (50000, 10000), "flowers": (2040, 6149), "pets": (3680, 3669)}
 
 
-def line(epoch, **values):
-    row = {"train_lr": 3e-4, "train_loss": 2.0 - 0.1 * epoch, "epoch": epoch, "n_parameters": 9}
-    return json.dumps({**row, **values}) + "\n"
+def epoch_line(epoch, accuracy=None, **other):
+    """A line of log.txt; with an evaluation if an accuracy is given."""
+    row = {"epoch": epoch, "train_lr": 3e-4, "train_loss": 2 / (epoch + 1), "train_seconds": 60.0}
+    if accuracy is not None:
+        row.update(test_acc1=accuracy, test_loss=1 - accuracy / 100, test_seconds=5.0)
+    return json.dumps({**row, **other}) + "\n"
 
 
-def evaluated(epoch, accuracy):
-    return line(epoch, test_loss=1.0, test_acc1=accuracy, test_acc5=99.0)
-
-
-FINISHED = line(0) + evaluated(1, 93.456) + line(2) + evaluated(3, 92.0)
-
-
-def make_run(folder, log=FINISHED, seconds=(1800, 1800, 3600, 65), **about):
-    """A run's folder; ``about`` is what its run.json holds besides the recipe's and images'."""
+def make_run(folder, log=None, data_set="pets", differs=(), images=None, about=None):
+    """A finished run of 4 epochs with 90 % as its best, or one with another log or run.json."""
     folder.mkdir(parents=True)
-    (folder / "log.txt").write_text(log)
-    about = {"recipe": BASE, **PETS, "seconds": list(seconds), **about}
-    (folder / "run.json").write_text(json.dumps(about))
+    accuracies = (50.0, None, 90.0, 89.5)
+    (folder / "log.txt").write_text(
+        "".join(map(epoch_line, range(4), accuracies)) if log is None else log)
+    train, test = images or WHOLE.get(data_set, (20, 10))
+    (folder / "run.json").write_text(about if about is not None else json.dumps({
+        "settings": {"data_set": data_set, "epochs": 4, "model": "deit_base_patch16_224"},
+        "differs": differs, "train_images": train, "test_images": test}))
     return folder
 
 
 def report(*arguments, cwd, **variables):
-    return subprocess.run([sys.executable, ROOT / "scripts" / "report.py", *arguments], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, **variables})
+    """Run report.py to its end."""
+    return subprocess.run([sys.executable, str(REPORT), *map(str, arguments)], cwd=str(cwd),
+                          env={**os.environ, **variables}, capture_output=True, text=True,
+                          timeout=120)
 
 
-def rows_of(done):
-    """The cells of the table, by the name of the run."""
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    lines = done.stdout.split("\n\n")[0].splitlines()
-    table = [re.split(" {2,}", line.strip()) for line in lines]
-    return {run: cells for run, *cells in table}
+@pytest.fixture
+def bare(tmp_path):
+    """The environment of a Python in which torch and matplotlib cannot be imported."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    (hidden / "matplotlib.py").write_text("raise ImportError('hidden')")
+    return {"PYTHONPATH": str(hidden)}
 
 
-def test_table_says_how_far_each_run_came(tmp_path):
-    make_run(tmp_path / "finished")
-    make_run(tmp_path / "crashed", evaluated(0, 50.0) + line(1) + '{"train_lr": 0.0002, "trai')
-    make_run(tmp_path / "starting", "", seconds=())
-    (tmp_path / "starting" / "log.txt").unlink()
-    make_run(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "run.json").unlink()
+def row_of(done, name):
+    """The cells of a run after its name, numbers only split by spaces."""
+    assert done.returncode == 0, done.stderr
+    return next(line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] == [name])
+
+
+def test_table_without_torch_and_matplotlib(tmp_path, bare):
+    names = ["pets", "b", "c", "d", "e"]
+    for name in names:
+        make_run(tmp_path / name)
+    done = report(*names, cwd=tmp_path, **bare)
+    assert all(row_of(done, name)[1:4] == ["4", "of", "4"] for name in names)
+    assert row_of(done, "pets") == ["pets", "4", "of", "4", "90.00", "89.50", "93.2", "-3.20",
+                                    "0:04:15"]
+    assert "MoCo v3's authors" in done.stdout and "not run here" in done.stdout
+    missing = [line for line in done.stdout.splitlines() if "pip install matplotlib" in line]
+    assert len(missing) == 1 and done.stderr == ""
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("options, note", [
+    ({"differs": ["--epochs 4 (published: 100)", "no --resume"]},
+     "settings differ from the published recipe: --epochs 4 (published: 100), no --resume"),
+    ({"images": (64, 3669)}, "64 of 3680 train images"),
+    ({"images": (3680, 30)}, "30 of 3669 test images"),
+    ({"log": epoch_line(0, 90.0)}, ""),
+    ({"data_set": "folder"}, ""),
+], ids=["settings", "train", "test", "unfinished", "folder"])
+def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, note, tmp_path, bare):
+    make_run(tmp_path / "one", **options)
+    done = report("one", cwd=tmp_path, **bare)
+    assert row_of(done, "one")[-5] == "90.00" and row_of(done, "one")[-2] == "-"
+    assert note in done.stdout
+    assert ("published recipe:" in done.stdout) == ("differs" in options)
+    assert ("train images" in done.stdout) == ("images" in options)
+
+
+@pytest.mark.parametrize("log, epochs, best, note", [
+    (epoch_line(0, 80.0) + epoch_line(1, 70.0)[:30], "1", "80.00", "the last line is damaged"),
+    (epoch_line(0, 80.0) + "\0\0\n" + epoch_line(1, 70.0), "2", "80.00", "line 2 is damaged"),
+    (epoch_line(0, 60.0) + epoch_line(1, 99.0) + epoch_line(2, 99.0) + epoch_line(1, 70.0),
+     "2", "70.00", ""),
+    (epoch_line(0, train_loss=float("nan")), "1", "-", ""),
+    ("", "0", "-", ""),
+], ids=["half line", "zeros", "trained again", "not evaluated", "empty"])
+def test_running_and_crashed_runs(log, epochs, best, note, tmp_path, bare):
+    make_run(tmp_path / "one", log)
+    done = report("one", cwd=tmp_path, **bare)
+    assert row_of(done, "one")[1:5] == [epochs, "of", "4", best]
+    assert note in done.stdout and ("damaged" in done.stdout) == bool(note)
+
+
+@pytest.mark.parametrize("damaged", [None, "", "[]", '{"settings": 1}'])
+def test_without_run_json_settings_are_unknown(damaged, tmp_path, bare):
+    run = make_run(tmp_path / "one", epoch_line(0, 90.0).replace("train_seconds", "other"),
+                   about=damaged or "")
+    if damaged is None:
+        (run / "run.json").unlink()
+    done = report("one", cwd=tmp_path, **bare)
+    assert row_of(done, "one") == ["-", "1", "90.00", "90.00", "-", "-", ">0:00:05"]
+    assert "unknown" in done.stdout and ("damaged" in done.stdout) == (damaged is not None)
+
+
+def test_what_is_no_run_is_named_and_skipped(tmp_path, bare):
+    make_run(tmp_path / "one")
     (tmp_path / "data").mkdir()
-    done = report("finished", "crashed", "starting", "elsewhere", "data", "--no-pictures",
-                  cwd=tmp_path)
-    rows = rows_of(done)
-    assert rows["finished"] == ["pets", "4 of 4", "93.46", "92.00", "93.2", "+0.26", "2:01:05"]
-    assert rows["crashed"] == ["pets", "2 of 4", "50.00", "50.00", "93.2", "-43.20", "1:00:00"]
-    assert rows["starting"] == ["pets", "0 of 4", "-", "-", "93.2", "-", "-"]
-    assert rows["elsewhere"] == ["-", "4", "93.46", "92.00", "-", "-", "-"]
-    assert "crashed: lines of log.txt that are not whole and do not count: 1" in done.stdout
-    assert "elsewhere: there is no run.json" in done.stdout
-    assert "data: not a run (log.txt: No such file or directory)" in done.stdout
-    assert list(tmp_path.rglob("*.png")) == []
-
-
-def test_a_figure_that_does_not_compare_is_said(tmp_path):
-    make_run(tmp_path / "part", **{"training images": 64, "test images": 3669})
-    make_run(tmp_path / "small", recipe={**BASE, "model": "deit_small", "data_set": "flowers"},
-             **{"training images": 2040, "test images": 6149})
-    make_run(tmp_path / "timed-late", seconds=(60, 5))
-    done = report("part", "small", "timed-late", "--no-pictures", cwd=tmp_path)
-    rows = rows_of(done)
-    assert rows["part"][4:6] == ["93.2", "-"]
-    assert "part: not the whole data set, so no distance: 64 of 3680 training" in done.stdout
-    assert rows["small"][4:6] == ["97.7", "-4.24"]
-    assert "small: not the published recipe: model deit_small (published: deit_b" in done.stdout
-    assert rows["timed-late"][6] == ">0:01:05"
-
-
-def test_epochs_that_were_trained_again_count_once(tmp_path):
-    make_run(tmp_path / "run", evaluated(0, 99.0) + evaluated(1, 98.0) + evaluated(0, 10.0))
-    assert rows_of(report("run", "--no-pictures", cwd=tmp_path))["run"][1:4] == [
-        "1 of 4", "10.00", "10.00"]
-
-
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"recipe": 1}', '{"recipe": {"model": 1}}',
-                                     '{"recipe": {}, "seconds": ["long"]}'])
-def test_damaged_run_json_is_said(damaged, tmp_path):
-    (make_run(tmp_path / "run") / "run.json").write_text(damaged)
-    done = report("run", "--no-pictures", cwd=tmp_path)
-    assert rows_of(done)["run"] == ["-", "4", "93.46", "92.00", "-", "-", "-"]
-    assert "run: run.json is damaged" in done.stdout
-
-
-def test_no_run_is_refused_in_one_line(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "notes.txt").write_text("none")
-    line = refusal_of(report("data", "notes.txt", "absent", cwd=tmp_path))
-    assert "no run found" in line
-    assert all(f"{name}: not a run" in line for name in ("data", "notes.txt", "absent"))
-
-
-def test_missing_matplotlib_is_asked_for_by_name(tmp_path):
-    make_run(tmp_path / "run")
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError('hidden')")
-    done = report("run", cwd=tmp_path, PYTHONPATH=str(tmp_path / "hidden"))
-    assert done.returncode == 0
-    assert "4 of 4" in done.stdout
-    assert done.stderr == ("no pictures: they need matplotlib (hidden): "
-                           "pip install -r requirements-report.txt\n")
-
-
-@pytest.fixture(scope="module")
-def fonts(tmp_path_factory):
-    """The environment of a matplotlib that has looked for its fonts, which it says."""
-    pytest.importorskip("matplotlib")
-    known = {"MPLCONFIGDIR": str(tmp_path_factory.mktemp("matplotlib"))}
-    subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=True,
-                   env={**os.environ, **known})
-    return known
+    done = report("data", "one", "absent", cwd=tmp_path, **bare)
+    assert row_of(done, "one") and "data: not a run" in done.stdout
+    done = report("data", "absent", cwd=tmp_path, **bare)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "data: not a run" in done.stderr and "absent: not a run" in done.stderr
 
 
 def size_of(png):
@@ -134,40 +131,20 @@ def size_of(png):
     return struct.unpack(">II", data[16:24])
 
 
-def test_pictures_of_all_kinds_of_runs(tmp_path, fonts):
-    out = tmp_path / "out"
-    make_run(out / ("a-long-name-" * 12))
-    make_run(out / "_$one^$epoch", evaluated(0, 100.0))
-    make_run(out / "not-evaluated", line(0) + line(1, train_loss=float("nan")))
-    make_run(out / "starting", "")
-    many = "".join(evaluated(epoch, epoch / 2) for epoch in range(100))
-    for number in range(6):
-        make_run(out / f"many-{number}", many, recipe={**BASE, "data_set": "cifar10"})
-    runs = sorted(folder for folder in out.iterdir() if folder.name != "starting")
-    done = report(*sorted(out.iterdir()), "--output", "figures", cwd=tmp_path, **fonts)
-    assert (done.returncode, done.stderr) == (0, "")  # no warning of matplotlib either
-    pictures = [run / "report.png" for run in runs] + [tmp_path / "figures" / "comparison.png"]
-    assert sorted(tmp_path.rglob("*.png")) == sorted(pictures)
-    for picture in pictures:
-        width, height = size_of(picture)
-        assert width == 1920 and 1000 < height < 1920
-    assert "picture: figures/comparison.png" in done.stdout
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_run_alone_is_compared_with_none(tmp_path, fonts):
-    make_run(tmp_path / "run")
-    assert report("run", cwd=tmp_path, **fonts).returncode == 0
-    assert [path.name for path in tmp_path.rglob("*.png")] == ["report.png"]
-
-
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path, fonts):
-    picture = make_run(tmp_path / "run") / "report.png"
-    picture.write_text("the last one")
-    full_disk = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (20000, 20000))"
-    (tmp_path / "sitecustomize.py").write_text(full_disk)
-    done = report("run", cwd=tmp_path, PYTHONPATH=str(tmp_path), **fonts)
-    assert "cannot write run/report.png (File too large)" in refusal_of(done)
-    assert picture.read_text() == "the last one"
-    assert sorted(path.name for path in picture.parent.iterdir()) == [
-        "log.txt", "report.png", "run.json"]
+def test_pictures(tmp_path):
+    """Names that matplotlib would misread, a run without epochs, a picture that is in the way."""
+    pytest.importorskip("matplotlib")
+    whole = make_run(tmp_path / "whole")
+    odd = make_run(tmp_path / "_$odd^$name", epoch_line(0, 10.0), data_set="flowers")
+    last = make_run(tmp_path / "last")
+    (last / "report.png").mkdir()
+    make_run(tmp_path / "starting", "")
+    done = report("whole", odd.name, "starting", "last", "--output", "new/folder", cwd=tmp_path)
+    assert done.returncode == 2 and "4 of 4" in done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert str(Path("last", "report.png")) in done.stderr
+    assert sorted(path.name for path in last.iterdir()) == ["log.txt", "report.png", "run.json"]
+    pictures = [tmp_path / "new/folder/comparison.png", whole / "report.png", odd / "report.png"]
+    assert sorted(tmp_path.rglob("*.png")) == sorted([*pictures, last / "report.png"])
+    assert all(1300 <= size_of(picture)[0] <= 2600 for picture in pictures)
+    assert len({picture.read_bytes() for picture in pictures}) == 3

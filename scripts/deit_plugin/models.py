@@ -12,7 +12,7 @@ except ImportError:  # timm 0.3
 
 @register_model
 def moco_v3_vit_small_patch16_224(pretrained=False, **kwargs):
-    """ViT-Small of MoCo v3 (vits.py, ``vit_small``): 384 wide, 12 blocks, 12 heads of 32, patch 16.
+    """ViT-Small of MoCo v3 (vits.py, ``vit_small``): width 384, 12 blocks, 12 heads, patch 16.
 
     Otherwise as ``deit_small_patch16_224``; ``kwargs`` go to timm's VisionTransformer.
     """

@@ -10,10 +10,10 @@ import warnings
 import torch
 import torch.distributed
 
-import schedule
+from .evaluation import is_distributed
 
 
-def adapt(main):
+def patch(main):
     """Make DeiT run on the CPU, alone and with several processes."""
     hide_gpus()
     use_gloo(main)
@@ -92,7 +92,7 @@ class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
 
 def sum_over_processes(value):
     """DeiT's ``SmoothedValue.synchronize_between_processes``."""
-    if not schedule.is_distributed():
+    if not is_distributed():
         return
     sums = torch.tensor([value.count, value.total], dtype=torch.float64)
     torch.distributed.all_reduce(sums)

@@ -1,41 +1,39 @@
 """What newer torch and timm need to run DeiT, which was written for torch 1.7 and timm 0.3.2.
 
-Each adaptation does nothing on versions that do not need it.
+Each patch does nothing on versions that do not need it.
 """
-import argparse
 import importlib
 import inspect
 import os
 import sys
 import warnings
 
-from failures import Refusal
+from .errors import UserError
 
-# The oldest that DeiT was made for (its requirements.txt), and the Pillow of those days; newer ones
-# are adapted to.
-NEEDED = {"PIL": "6.0", "torch": "1.7", "torchvision": "0.8", "timm": "0.3.2"}
+# The oldest that DeiT was made for (its requirements.txt), and Pillow and scipy of those days.
+OLDEST = {"PIL": "6.0", "scipy": "1.0", "torch": "1.7", "torchvision": "0.8", "timm": "0.3.2"}
 
 
 def check():
-    """Refuse a Python, torch, torchvision, timm or Pillow that is missing or too old."""
+    """Raise UserError for a Python or package that is missing, too old, or does not fit."""
     if sys.version_info < (3, 8):  # noqa: UP036 (it is said to those who have it)
-        raise Refusal(f"Python {sys.version.split()[0]} is too old: 3.8 or newer is needed")
-    for name, least in NEEDED.items():
+        raise UserError(f"Python {sys.version.split()[0]} is too old: 3.8 or newer is needed")
+    for name, oldest in OLDEST.items():
+        package = "Pillow" if name == "PIL" else name
         try:
-            found = importlib.import_module(name).__version__
+            version = importlib.import_module(name).__version__
         except ImportError as error:
-            raise Refusal(f"{name} cannot be imported by {sys.executable} ({error}): "
-                          "pip install torch torchvision timm Pillow") from error
-        if numbers(found) < numbers(least):
-            package = "Pillow" if name == "PIL" else name
-            raise Refusal(f"{package} {found} is too old: {least} or newer is needed, "
-                          f"pip install -U {package}")
+            raise UserError(f"{name} cannot be imported by {sys.executable} ({error}): "
+                            f"pip install {package}") from error
+        if numbers(version) < numbers(oldest):
+            raise UserError(f"{package} {version} is too old, {oldest} or newer is needed: "
+                            f"pip install -U {package}")
     import numpy
     import torch
 
     if numbers(numpy.__version__) >= (2,) and numbers(torch.__version__) < (2, 3):
-        raise Refusal(f"torch {torch.__version__} cannot use numpy {numpy.__version__}: "
-                      "pip install 'numpy<2'")
+        raise UserError(f"torch {torch.__version__} cannot use numpy {numpy.__version__}: "
+                        "pip install 'numpy<2'")
 
 
 def numbers(version):
@@ -50,15 +48,14 @@ def found():
                      for name in ("torch", "torchvision", "timm"))
 
 
-def adapt_before_import():
-    """Adaptations which DeiT's modules need to be imported at all."""
+def patch_before_import():
+    """What DeiT's modules need to be imported at all."""
     quieten_age()
     restore_pil_interp()
-    trust_namespace()
 
 
-def adapt(main):
-    """Adaptations of DeiT's imported ``main``."""
+def patch(main):
+    """What DeiT's imported ``main`` needs."""
     skip_pretrained_cfg(main)
 
 
@@ -77,7 +74,7 @@ def skip_pretrained_cfg(main):
     """Make DeiT's models without timm's ``pretrained_cfg`` argument, which they do not take.
 
     Needed from timm 0.6 on (where ``create_model`` has it). As ``create_model`` does, arguments
-    that are None are left out, so that a model without them is not disturbed.
+    that are None are left out.
     """
     from timm.models import create_model, model_entrypoint
 
@@ -91,17 +88,6 @@ def skip_pretrained_cfg(main):
     main.create_model = create
 
 
-def trust_namespace():
-    """Let torch read argparse.Namespace, which a checkpoint of plain DeiT holds, without pickle.
-
-    Needed from torch 2.4 on, where harmless_load.py has torch refuse what it does not know.
-    """
-    import torch
-
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([argparse.Namespace])
-
-
 # What DeiT's age makes newer versions say: (category, start of the message, why it is harmless).
 AGE_WARNINGS = (
     (FutureWarning, r"Importing from timm\.models\.", "timm 0.9 moved registry and layers"),
@@ -112,8 +98,7 @@ AGE_WARNINGS = (
 
 
 def quieten_age():
-    """Drop warnings that come from DeiT's age alone; others show in the first process, as one line.
-    """
+    """Drop warnings that come from DeiT's age alone; rank 0 shows others, each in one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for category, message, _ in AGE_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)

@@ -1,0 +1,92 @@
+"""--accum-iter N: one optimizer step for N batches of each process, as if by N times as many.
+
+All of it acts on the arguments of DeiT's ``train_one_epoch``.
+"""
+import itertools
+
+from torch.utils.data import DistributedSampler, Sampler
+
+
+class RanksInTurn(Sampler):
+    """What N ranks of DeiT's sampler would give to one step, batch after batch, for every step."""
+
+    def __init__(self, loader, rank, processes, accum_iter):
+        has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
+        kind = type(loader.sampler) if has_ranks else DistributedSampler
+        self.samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
+                              rank=rank * accum_iter + turn, shuffle=True)
+                         for turn in range(accum_iter)]
+        self.batch_size = loader.batch_size
+        self.steps = len(self.samplers[0]) // self.batch_size
+
+    def set_epoch(self, epoch):
+        """As DeiT calls it before each epoch."""
+        for sampler in self.samplers:
+            sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        ranks = [iter(sampler) for sampler in self.samplers]
+        for _ in range(self.steps):
+            for indices in ranks:
+                yield from itertools.islice(indices, self.batch_size)
+
+    def __len__(self):
+        return self.steps * self.batch_size * len(self.samplers)
+
+
+class Accumulation:
+    """The data loader of an epoch, and stand-ins for what moves only once a step."""
+
+    def __init__(self, loader, model, accum_iter):
+        self.loader, self.model, self.accum_iter = loader, model, accum_iter
+        self.is_first = self.is_last = True
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for index, batch in enumerate(self.loader):
+            self.is_first = index % self.accum_iter == 0
+            self.is_last = (index + 1) % self.accum_iter == 0
+            # What DistributedDataParallel.no_sync() sets, too; other models ignore it.
+            self.model.require_backward_grad_sync = self.is_last
+            yield batch
+
+    def optimizer(self, optimizer):
+        """DeiT's optimizer, whose gradients are zeroed before a step only."""
+        return _ClearedOnce(self, optimizer)
+
+    def loss_scaler(self, scaler):
+        """timm's NativeScaler, which steps after the last batch only."""
+        def scale(loss, optimizer, create_graph=False, **options):
+            loss = loss / self.accum_iter
+            if self.is_last:
+                scaler(loss, optimizer.optimizer, create_graph=create_graph, **options)
+            else:  # timm before 0.9 cannot do the first half alone
+                scaler._scaler.scale(loss).backward(create_graph=create_graph)
+        return scale
+
+    def model_ema(self, model_ema):
+        """The weight average, which follows after a step only."""
+        return model_ema and _FollowsSteps(self, model_ema)
+
+
+class _ClearedOnce:
+    def __init__(self, accumulation, optimizer):
+        self.accumulation, self.optimizer = accumulation, optimizer
+
+    def zero_grad(self):
+        if self.accumulation.is_first:
+            self.optimizer.zero_grad()
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+class _FollowsSteps:
+    def __init__(self, accumulation, model_ema):
+        self.accumulation, self.ema = accumulation, model_ema
+
+    def update(self, model):
+        if self.accumulation.is_last:
+            self.ema.update(model)

@@ -1,0 +1,102 @@
+"""How a process ends when something goes wrong: one line, from the first that fails; no orphans."""
+import ctypes
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+
+LAUNCHER = "FINETUNE_LAUNCHER_PID"  # set by launcher.py for its processes, like the next
+FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first to fail creates
+REFUSED = 2  # exit status before training, as argparse has it; later it is 1
+NOTICES = 4.0  # seconds in which the launcher notices a killed process and ends the others
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its text is the line that is printed."""
+
+    def __init__(self, text, status=REFUSED):
+        super().__init__(text)
+        self.status = status
+
+
+def guard(run):
+    """Call ``run()``; if it fails, say why in one line and end the process with its status."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        _end(130)
+    except SystemExit as stop:
+        if stop.code == 1:  # DeiT has no other reason, at any commit
+            _fail("error: the loss is not finite, so DeiT stopped: pass a smaller --lr, and look at "
+                  "the data with --check", 1)
+        _end(stop.code or 0)
+    except UserError as error:
+        _fail(f"error: {error}", error.status)
+    except BaseException as error:  # the last resort, whatever it is
+        line = _known_cause(error)
+        _fail(f"error: {line}" if line else traceback.format_exc(), 1, may_be_lost_peer=not line)
+
+
+def die_with_parent(*_):
+    """Have Linux kill this process when its parent ends. Takes, as worker_init_fn, a number.
+
+    Measured: an orphaned data worker with a full queue waits forever, and a process in a C++
+    collective heeds no signal handler of Python's.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_with_launcher():
+    """The same for a process of launcher.py, which may have ended already."""
+    die_with_parent()
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        _end(1)
+
+
+def one_line(error):
+    """The error's text on one line, or its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _known_cause(error):
+    """The line for errors that name their cause; None for all others."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    if isinstance(error, RuntimeError) and "out of memory" in lines[0]:
+        return f"{lines[0]}: pass a smaller --batch-size, and --accum-iter to make up for it"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in lines[-1]:
+        return (f"{lines[-1]}: out of memory? Pass fewer --num_workers; in a container, enlarge "
+                "/dev/shm")
+    if isinstance(error, OSError):
+        disk_full = "disk full: " if error.errno == errno.ENOSPC else ""
+        return disk_full + lines[-1]  # a data worker's arrives with its whole traceback
+    return None
+
+
+def _fail(text, status, may_be_lost_peer=False):
+    first = _is_first_to_fail()
+    if first and may_be_lost_peer and LAUNCHER in os.environ:
+        time.sleep(NOTICES)  # if a peer was killed, the launcher says so and ends this process
+    if first:
+        sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all but rank 0
+    _end(status)
+
+
+def _is_first_to_fail():
+    try:
+        os.close(os.open(os.environ[FIRST_FAILURE], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except (KeyError, OSError):  # no launcher; it is gone, and its folder with it
+        return True
+    return True
+
+
+def _end(status):
+    """Exit without the clean-up of libraries, which would wait for peers that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,203 @@
+"""DeiT's command line with the flags of this bundle, and what differs from the published recipe.
+
+``parse`` and ``complete`` are the only places that change DeiT's args; later they are only read.
+"""
+import argparse
+import difflib
+import os
+
+import torch
+
+from .errors import UserError
+
+YOUR_FLAGS = "--your-flags"  # launch.sh puts it between the recipe's flags and the user's
+PUBLISHED_PROCESSES = 8
+# What does not change what is learnt; all else makes up the settings of a run.
+NOT_SETTINGS = {
+    "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
+    "dist_url", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter", "eval",
+    "eval_freq", "save_freq", "overwrite", "download", "check", "settings", "differs",
+    # DeiT's flags that this bundle's transforms and evaluation have no use for
+    "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio",
+    "dist_eval"}
+NOT_IN_RECIPE = {"seed", "pretrained_file"}
+UNDERSCORED = ("output_dir", "num_workers", "start_epoch", "world_size", "dist_url")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is said once for all processes, with the flag that was meant."""
+
+    def error(self, message):
+        """Raise UserError in the place of argparse's exit."""
+        words = message.replace("=", " ").split()
+        unknown = [word for word in words if word.startswith("--")] \
+            if message.startswith("unrecognized") else []
+        near = [match for word in unknown
+                for match in difflib.get_close_matches(word, self._option_string_actions, 1)]
+        meant = f"; did you mean {' '.join(near)}?" if near else "; --all-flags lists the flags"
+        raise UserError(message + meant)
+
+
+def parse(main, data_sets, arguments):
+    """DeiT's argparse.Namespace for ``arguments``: the recipe's, YOUR_FLAGS, the user's.
+
+    main: DeiT's module; data_sets: what ``--data-set`` takes. Besides DeiT's arguments it has ours;
+    ``pretrained``, the path given by --resume, which DeiT itself does not get to see; ``settings``
+    and ``differs`` (see below). Raises UserError on values that cannot work.
+    """
+    parser = _parser(main, data_sets)
+    recipe = arguments[:arguments.index(YOUR_FLAGS)] if YOUR_FLAGS in arguments else []
+    args = parser.parse_args([word for word in arguments if word != YOUR_FLAGS])
+    for name in ("resume", "output_dir", "data_path"):
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
+    args.pretrained, args.resume = args.resume, ""
+    args.dist_eval = False  # DeiT warns that it counts images twice; here none is
+    _check(args)
+    args.settings = _settings(args, processes_of(args))
+    published = _settings(parser.parse_args(recipe), PUBLISHED_PROCESSES) if recipe else {}
+    args.differs = _differing(args.settings, published, "published", NOT_IN_RECIPE)
+    if not getattr(args, "unscale_lr", False):
+        args.lr *= args.accum_iter  # DeiT knows of the processes and the batch size
+    return args
+
+
+def complete(args, start):
+    """Tell DeiT where to begin. start: an output.Start."""
+    args.start_epoch = start.epoch
+
+
+def _parser(main, data_sets):
+    parser = Parser(prog="finetune.py", parents=[main.get_args_parser()],
+                    conflict_handler="resolve", description="Fine-tune with DeiT's own trainer.")
+    parser.set_defaults(data_path="", num_workers=_sensible_workers())
+    parser.add_argument("--data-set", choices=sorted(data_sets), required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
+    ours = parser.add_argument_group("added by this bundle")
+    ours.add_argument("--accum-iter", type=int, default=1, metavar="N",
+                      help="batches of each process for one optimizer step (default: 1)")
+    ours.add_argument("--eval-freq", type=int, default=1, metavar="N",
+                      help="evaluate every N epochs and after the last (default: 1)")
+    ours.add_argument("--save-freq", type=int, default=1, metavar="N",
+                      help="write checkpoint.pth every N epochs and after the last (default: 1)")
+    ours.add_argument("--overwrite", action="store_true",
+                      help="start anew in an --output_dir that contains a run, deleting that run")
+    ours.add_argument("--download", action="store_true",
+                      help="download Flowers or Pets where absent (CIFAR always is)")
+    ours.add_argument("--check", action="store_true",
+                      help="check what a launch needs, and every image; train nothing")
+    return parser
+
+
+def _sensible_workers():
+    """DeiT's 10 data workers per process, or fewer where there are fewer cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(10, cores // int(os.environ.get("NPROC_PER_NODE", 1))))
+
+
+def rank():
+    """This process's rank, as torch's launcher tells."""
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+
+
+def processes_of(args):
+    """The number of processes: of this launch, or of the one that --check looks ahead to."""
+    if args.check:
+        return int(os.environ.get("NPROC_PER_NODE", 1)) * int(os.environ.get("NNODES", 1))
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
+def _check(args):
+    """Raise UserError for what DeiT, timm or torch would quietly misuse or end in a traceback."""
+    for name, least in (("eval_freq", 1), ("save_freq", 1), ("accum_iter", 1), ("epochs", 1),
+                        ("batch_size", 1), ("input_size", 16), ("num_workers", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be {least} or more")
+    if not args.data_path:
+        raise UserError("--data-path is missing: pass the folder of the data set")
+    if not args.output_dir and not (args.eval or args.check):
+        raise UserError("--output_dir is missing: pass the folder for checkpoints and log.txt")
+    if getattr(args, "finetune", "") or getattr(args, "distillation_type", "none") != "none":
+        raise UserError("--finetune and --distillation-type are not supported: pass the converted "
+                        "checkpoint to --resume")
+    if args.start_epoch:
+        raise UserError(f"--start_epoch {args.start_epoch}: leave it out, a run continues where "
+                        "its checkpoint ends")
+    if args.input_size % 16:
+        raise UserError(f"--input-size {args.input_size}: must be a multiple of 16, the patch size")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2:
+        raise UserError(f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix")
+    if getattr(args, "bce_loss", False) and not mixes:
+        raise UserError("--bce-loss: needs --mixup or --cutmix, which give it its targets")
+
+
+def check_gpus(args):
+    """Raise UserError where this machine has not as many GPUs as processes; say what there is."""
+    if args.device == "cpu":
+        return "on the CPU"
+    gpus, wanted = torch.cuda.device_count(), int(os.environ.get("NPROC_PER_NODE", 1))
+    if gpus == 0:
+        raise UserError("this machine has no GPU that torch can use: look at nvidia-smi, or pass "
+                        "--device cpu to rehearse")
+    if wanted > gpus:
+        raise UserError(f"NPROC_PER_NODE={wanted}: this machine has {count(gpus, 'GPU')}; set "
+                        f"NPROC_PER_NODE={gpus}")
+    return f"{wanted} of {count(gpus, 'GPU')}"
+
+
+def flag(name):
+    """The flag of an argument's name, as DeiT spells it."""
+    return "--" + (name if name in UNDERSCORED else name.replace("_", "-"))
+
+
+def _settings(args, processes):
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings["effective_batch_size"] = processes * args.batch_size * args.accum_iter
+    settings["pretrained_file"] = os.path.basename(getattr(args, "pretrained", ""))
+    return settings
+
+
+def differing_settings(args, before):
+    """What differs between this run's settings and those of an earlier one, as flags in words."""
+    ignored = set() if args.pretrained else {"pretrained_file"}
+    return _differing(args.settings, before, "there", ignored)
+
+
+def _differing(settings, others, whose, ignored):
+    return [f"{_setting(name)} {settings.get(name)} ({whose}: {other})"
+            for name, other in others.items()
+            if name not in ignored and settings.get(name) != other]
+
+
+def _setting(name):
+    return {"effective_batch_size": "effective batch size",
+            "pretrained_file": "--resume"}.get(name, flag(name))
+
+
+def batch_size_in_words(args, steps):
+    """How the effective batch size comes about, and what would restore the published one."""
+    processes, size = processes_of(args), args.settings["effective_batch_size"]
+    parts = [count(processes, "process"), f"{args.batch_size} images"]
+    if args.accum_iter > 1:
+        parts.append(f"{args.accum_iter} accumulated")
+    text = f"{size} = {' x '.join(parts)}; {count(steps, 'step')} per epoch"
+    published, each = 1024, processes * args.batch_size  # MoCo v3's: 8 GPUs x 128
+    if size == published:
+        return text
+    advice = "" if published % each else f": --accum-iter {published // each} restores it"
+    return f"{text} (published: {published}{advice})"
+
+
+def learning_rate_in_words(args):
+    """The learning rate after warm-up, as DeiT scales it."""
+    given, size = args.settings["lr"], args.settings["effective_batch_size"]
+    if getattr(args, "unscale_lr", False):
+        return f"{given:g}"
+    return f"{given:g} x {size} / 512 = {given * size / 512:g}"
+
+
+def count(number, what):
+    """'1 process', '2 processes'."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if number == 1 else plural}"

@@ -1,0 +1,171 @@
+"""--output_dir: what a run continues from, and its log and checkpoints, written whole or not at all.
+
+``checkpoint.pth`` is the run's word: what it does not contain has not happened, so ``log.txt`` is
+cut back to it. It is written after the epoch's line in ``log.txt``, so none can be missing.
+"""
+import contextlib
+import errno
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import convert_to_deit
+
+from . import options, weights
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Start(NamedTuple):
+    """Where a run begins: a checkpoint, its path, the first epoch; continuing or from weights."""
+
+    state: Optional[dict]
+    path: str
+    epoch: int
+    continues: bool
+
+
+class RunFolder:
+    """``--output_dir`` of one run. Only rank 0 writes, and nothing under --eval or --check."""
+
+    def __init__(self, args, rank):
+        self.path = Path(args.output_dir) if args.output_dir else None
+        self.writes = rank == 0 and bool(args.output_dir) and not (args.eval or args.check)
+        self._lock = None
+
+    def claim(self):
+        """Make the folder and lock it until this process ends.
+
+        Raises UserError if it cannot be written or another process holds it.
+        """
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".write.tmp").touch()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written ({error.strerror}): pass "
+                            "another folder") from None
+        try:
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
+            if fcntl:  # this lock is not inherited by data workers, and dies with the process
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {self.path} is being written by another run: wait for "
+                            "it, stop it, or pass another folder") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(f"--output_dir {self.path} cannot be locked ({error.strerror}): see to "
+                          "it that no other run writes there", stacklevel=1)
+
+    def check(self):
+        """Whether it could be written, in words, without making anything. Raises UserError."""
+        if self.path is None:
+            return "no --output_dir"
+        nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
+                            "another folder")
+        return f"{self.path}, {'contains' if self._has_run() else 'without'} a run"
+
+    def _has_run(self):
+        return self.path is not None and (self.path / "checkpoint.pth").exists()
+
+    def find_start(self, args):
+        """Continue what is here, or else start from ``--resume``. Raises UserError."""
+        if args.overwrite and self.contains(args.pretrained):
+            raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
+                            "from: move it, or pass another --output_dir")
+        if self._has_run() and not (args.eval or args.overwrite):
+            path = str(self.path / "checkpoint.pth")
+            try:
+                state = weights.read(path)
+            except UserError as error:
+                raise UserError(f"{error}; or pass --overwrite to start anew") from None
+        elif args.pretrained:
+            path, state = args.pretrained, weights.read(args.pretrained)
+        else:
+            raise UserError("--resume is missing: pass " + (
+                "a checkpoint of a fine-tuning run" if args.eval else
+                "what convert_to_deit.py wrote"))
+        continues = not args.eval and "optimizer" in state and "epoch" in state
+        if continues and self.contains(path):
+            self._check_settings(args, path, state)
+        return Start(state, path, state["epoch"] + 1 if continues else 0, continues)
+
+    def contains(self, path):
+        """Whether ``path`` is a file of the run in this folder."""
+        files = [self.path / name for name in RUN_FILES] if self.path else []
+        return any(file.exists() and os.path.exists(path) and os.path.samefile(path, file)
+                   for file in files)
+
+    def _check_settings(self, args, path, state):
+        before = dict(state.get("args", {}).get("settings", {}))
+        if self.contains(args.pretrained):  # as one continues with DeiT alone
+            before.pop("pretrained_file", None)
+        differing = options.differing_settings(args, before)
+        if differing:
+            raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}; pass "
+                            "another --output_dir, or --overwrite to delete that run")
+
+    def begin(self, epochs, overwrite):
+        """Clear what a crash left, and keep of ``log.txt`` the lines of the first ``epochs``.
+
+        With ``overwrite`` no file of an earlier run stays. A log that has lost its checkpoint may
+        be all that is left of a run: it is kept as log.txt.old.
+        """
+        if not self.writes:
+            return
+        for left_over in self.path.glob(".*.tmp"):
+            left_over.unlink()
+        if overwrite:
+            for name in RUN_FILES:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.path / name).unlink()
+        log = self.path / "log.txt"
+        if log.exists() and epochs == 0:
+            os.replace(log, self.path / "log.txt.old")
+        elif log.exists():
+            kept = [json.dumps(row) + "\n" for row in self.rows() if row["epoch"] < epochs]
+            self._write("log.txt", "".join(kept))
+
+    def rows(self):
+        """The epochs in log.txt, each a dict; half a line, left by a crash, is none."""
+        rows = []
+        if self.path is not None and (self.path / "log.txt").exists():
+            for line in (self.path / "log.txt").read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        return rows
+
+    def save(self, name, state):
+        """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
+        if not self.writes:
+            return
+        path = self.path / name
+        try:
+            with open(self.path / "log.txt", "rb") as log:
+                os.fsync(log.fileno())
+            convert_to_deit.save(state, str(path))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; the last whole one "
+                            "is kept: make room and launch again", status=1) from error
+
+    def describe(self, facts):
+        """Write run.json: what report.py is to know and log.txt does not tell."""
+        if self.writes:
+            self._write("run.json", json.dumps(facts, indent=1))
+
+    def _write(self, name, text):
+        with convert_to_deit.whole_file(str(self.path / name)) as file:
+            file.write(text.encode())

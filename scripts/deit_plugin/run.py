@@ -1,0 +1,266 @@
+"""One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
+import builtins
+import os
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed
+from timm.models import is_model
+
+from . import options, weights
+from .accumulation import Accumulation, RanksInTurn
+from .errors import UserError, one_line
+from .evaluation import NotEvaluated, evaluate
+from .loaders import PersistentLoaders, steps_per_epoch
+
+STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
+             "train_one_epoch", "evaluate", "get_state_dict", "print")
+DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
+
+
+class Run:
+    """Every method named like a function of DeiT's stands in for it, on all commits.
+
+    main: DeiT's module; args: options.parse's; folder: an output.RunFolder; start: output.Start.
+    """
+
+    def __init__(self, main, args, folder, start):
+        self.main, self.args, self.folder, self.start = main, args, folder, start
+        self.rank, self.processes = options.rank(), options.processes_of(args)
+        self.deit = {name: getattr(main, name) for name in STAND_INS if name != "print"}
+        self.datasets = {}  # by is_train: a data set and its number of classes
+        self.headless = False  # whether the weights lacked the classifier head
+        self.loaders = PersistentLoaders()
+        self.sampler = None  # of --accum-iter
+        self.epoch = None  # the one in training; None before the first
+        self.unsaved = None  # the state after self.epoch, until its line is in log.txt
+        self.loss_scaler = None  # DeiT's
+        self.best = None  # the row of log.txt with the best accuracy
+        self.began = None
+
+    def stand_in(self):
+        """Put this run's methods in the place of DeiT's functions."""
+        for name in STAND_INS:
+            setattr(self.main, name, getattr(self, name))
+        self.main.utils.save_on_master = self.save_on_master
+
+    # What DeiT calls, in its order
+
+    def build_dataset(self, is_train, args):
+        """The data set, large enough for a step of the optimizer."""
+        try:
+            built = self.deit["build_dataset"](is_train=is_train, args=args)
+        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise UserError(one_line(error)) from error
+        self.datasets[is_train] = built
+        if is_train and not args.eval:
+            steps_per_epoch(len(built[0]), args, self.processes)
+        return built
+
+    def create_model(self, name, **kwargs):
+        """The model with its weights, before DeiT copies it for the weight average.
+
+        All commits load ``--resume`` after that copy, which then averages from random weights.
+        """
+        size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
+        kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
+        given = {key: value for key, value in kwargs.items() if value not in (None, False)}
+        try:
+            model = self.deit["create_model"](name, **given)
+        except (RuntimeError, KeyError, TypeError) as error:
+            if not is_model(name):
+                raise UserError(f"--model {name}: neither DeiT nor timm has it; the recipes use "
+                                "deit_base_patch16_224") from error
+            raise UserError(f"--model {name}: cannot be made with {given}: {one_line(error)}"
+                            ) from error
+        self.headless = weights.fit(model, self.start.state["model"], self.start.path, name,
+                                    head_may_miss=not (self.args.eval or self.start.continues))
+        return model
+
+    def create_optimizer(self, args, model):
+        """DeiT's; timm raises all sorts for a name that it does not know."""
+        return self._named(f"--opt {args.opt}", "create_optimizer", args, model)
+
+    def create_scheduler(self, args, optimizer):
+        """DeiT's, likewise."""
+        scheduler = self._named(f"--sched {args.sched}", "create_scheduler", args, optimizer)
+        if scheduler[0] is None:
+            raise UserError(f"--sched {args.sched}: timm has no such schedule; the recipes use "
+                            "cosine")
+        return scheduler
+
+    def _named(self, flag, function, *arguments):
+        try:
+            return self.deit[function](*arguments)
+        except Exception as error:
+            raise UserError(f"{flag}: timm cannot make it: {one_line(error)}; the recipes use "
+                            "adamw and cosine") from error
+
+    def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
+                        max_norm=None, model_ema=None, mixup_fn=None, **kwargs):
+        """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
+        if self.epoch is None:
+            self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
+        else:
+            self.commit()
+        self.epoch, self.loss_scaler = epoch, loss_scaler
+        began = time.monotonic()
+        if self.args.accum_iter > 1:
+            self.sampler.set_epoch(epoch)  # on one process, HEAD does not
+        loader = self.loaders.training(data_loader, self.sampler or data_loader.sampler)
+        if self.args.accum_iter > 1:
+            loader = Accumulation(loader, model, self.args.accum_iter)
+            optimizer, model_ema = loader.optimizer(optimizer), loader.model_ema(model_ema)
+            loss_scaler = loader.loss_scaler(loss_scaler)
+        stats = self.deit["train_one_epoch"](
+            model, criterion, loader, optimizer, device, epoch, loss_scaler, max_norm, model_ema,
+            mixup_fn, **kwargs)
+        return {**stats, "seconds": round(time.monotonic() - began, 2)}
+
+    def save_on_master(self, state, path):
+        """Keep the state until the epoch's line is in log.txt; ``commit`` writes it.
+
+        DeiT HEAD's own calls for ``best_checkpoint.pth`` know only the epochs of this launch.
+        """
+        if os.path.basename(path) == "checkpoint.pth":
+            self.unsaved = state
+
+    def get_state_dict(self, model):
+        """DeiT saves the weight average also where ``--no-model-ema`` left it out, and crashes."""
+        return None if model is None else self.deit["get_state_dict"](model)
+
+    def evaluate(self, data_loader, model, device):
+        """When due, over all processes; says how far the run is."""
+        if self.epoch is not None and not is_due(self.epoch, self.args.eval_freq, self.args.epochs):
+            self._say_progress()
+            return NotEvaluated()
+        began = time.monotonic()
+        loader = self.loaders.evaluation(data_loader, self.rank, self.processes)
+        stats = evaluate(model, loader, device)
+        accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
+        if self.epoch is None:
+            self.print(f"{self.start.path}: {accuracy} on {len(data_loader.dataset)} images")
+            return stats
+        if self.best is None or stats["acc1"] > self.best["test_acc1"]:
+            self.best = {"epoch": self.epoch, "test_acc1": stats["acc1"]}
+        self._say_progress(f"{accuracy} (best accuracy {self.best['test_acc1']:.2f} %); ")
+        return {**stats, "seconds": round(time.monotonic() - began, 2)}
+
+    def print(self, *values, **kwargs):
+        """DeiT's lines, less those that say again what this bundle says or writes."""
+        if not str(values[0] if values else "").startswith(DEIT_SAYS_TOO):
+            builtins.print(*values, **kwargs)  # found at the call: DeiT replaces it but in rank 0
+
+    # What happens in between
+
+    def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
+        if self.processes > 1:
+            self._check_same_start(device)
+        if self.args.accum_iter > 1:
+            self.sampler = RanksInTurn(data_loader, self.rank, self.processes, self.args.accum_iter)
+        if self.start.continues:
+            self._restore(optimizer, loss_scaler, model_ema)
+            evaluated = [row for row in self.folder.rows() if "test_acc1" in row]
+            self.best = max(evaluated, key=lambda row: row["test_acc1"], default=None)
+        dataset, _ = self.datasets[True]
+        self.folder.describe({
+            "settings": self.args.settings, "differs": self.args.differs,
+            "train_images": len(dataset), "test_images": len(self.datasets[False][0]),
+            "classes": dataset.classes})
+        self.print("\n".join(self.summary()), flush=True)
+        self.start = self.start._replace(state=None)  # its memory is not needed any more
+        self.began = time.monotonic()
+
+    def summary(self):
+        """The run in a few lines."""
+        args, (train, classes), (test, _) = self.args, self.datasets[True], self.datasets[False]
+        steps = steps_per_epoch(len(train), args, self.processes)
+        new_head = " (the classifier head is new)" if self.headless else ""
+        start = f"{self.start.path}{new_head}"
+        if self.start.continues:
+            start += f", continued: epoch {self.start.epoch + 1} of {args.epochs} comes next"
+        return [
+            f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} test "
+            f"images, {classes} classes",
+            f"  start: {start}",
+            f"  effective batch size: {options.batch_size_in_words(args, steps)}",
+            f"  learning rate: {options.learning_rate_in_words(args)}, weight decay "
+            f"{args.weight_decay:g}",
+            f"  evaluation every {options.count(args.eval_freq, 'epoch')}, checkpoint.pth every "
+            f"{options.count(args.save_freq, 'epoch')}, both after the last; into "
+            f"{args.output_dir or '(no --output_dir)'}",
+            f"  settings differ from the published recipe: {', '.join(args.differs) or 'none'}"]
+
+    def _check_same_start(self, device):
+        """Machines that do not share a folder would continue from different epochs."""
+        epoch = self.start.epoch
+        extremes = torch.tensor([epoch, -epoch], device=device)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
+        if extremes.tolist() != [epoch, -epoch]:
+            raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others at another: "
+                            "--output_dir must be one folder that all machines share")
+
+    def _restore(self, optimizer, loss_scaler, model_ema):
+        """Go on as if never stopped: optimizer with its learning rate, weight average, loss scale.
+
+        HEAD's own resuming is one epoch ahead in the learning rate; 1d38fa4 and e6b10b5 do not
+        restore the average, and 1d38fa4 has no loss scale.
+        """
+        state = self.start.state
+        optimizer.load_state_dict(state["optimizer"])
+        if model_ema is not None:
+            if not state.get("model_ema"):
+                raise UserError(f"{self.start.path} has no weight average to go on with: pass "
+                                "--no-model-ema, as for the run that wrote it")
+            model_ema.ema.load_state_dict(state["model_ema"])
+        if state.get("scaler"):
+            loss_scaler.load_state_dict(state["scaler"])
+        # Else the augmentation of the first epochs would be drawn again.
+        seed = self.args.seed + self.rank + self.processes * self.start.epoch
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+
+    def _say_progress(self, accuracy=""):
+        done, epochs = self.epoch + 1, self.args.epochs
+        elapsed = time.monotonic() - self.began
+        to_go = elapsed / (done - self.start.epoch) * (epochs - done)
+        self.print(f"Epoch {done} of {epochs}: {accuracy}{_duration(elapsed)} so far, about "
+                   f"{_duration(to_go)} to go", flush=True)
+
+    def commit(self):
+        """Write what the epoch leaves, whose line is in log.txt now."""
+        state, self.unsaved = self.unsaved, None
+        if state is None:
+            return
+        state = {"scaler": self.loss_scaler.state_dict(), **state,  # 1d38fa4 leaves it out
+                 "args": vars(self.args)}  # a plain dict: torch.load reads it with weights_only
+        if self.best is not None and self.best["epoch"] == self.epoch:
+            self.folder.save("best_checkpoint.pth", state)
+        if is_due(self.epoch, self.args.save_freq, self.args.epochs):
+            self.folder.save("checkpoint.pth", state)
+
+    def finish(self):
+        """Write what is left to write; end the data workers and the process group; say the best."""
+        if self.epoch is not None:
+            self.commit()
+        self.loaders.close()
+        if self.best is not None:
+            self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
+                       f"{self.best['epoch'] + 1}, {self.folder.path / 'best_checkpoint.pth'}\n"
+                       f"Table and curves: python scripts/report.py {self.folder.path}")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def is_due(epoch, every, epochs):
+    """Whether what is done every ``every`` epochs, and after the last, is due after ``epoch``.
+
+    ``epoch`` counts from 0.
+    """
+    return (epoch + 1) % every == 0 or epoch + 1 == epochs
+
+
+def _duration(seconds):
+    return str(timedelta(seconds=round(seconds)))
