@@ -94,28 +94,30 @@ class DataSet(NamedTuple):
     url: str = ""  # of the folder with the files to download
     md5: Dict[str, str] = {}  # of these files
     always_download: bool = False
+    expected: str = ""  # the layout in words, where the patterns do not say it all
 
 
 def _cifar(cifar: Any) -> DataSet:
     """torchvision's CIFAR10 or CIFAR100, which loads nothing but the official files."""
-    files = [f"{cifar.base_folder}/{name}" for name, _ in cifar.train_list + cifar.test_list]
-    files.append(f"{cifar.base_folder}/{cifar.meta['filename']}")
+    listed = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    md5 = {f"{cifar.base_folder}/{name}": checksum for name, checksum in listed}
 
     def build(root, train, transform, download):
         if download:
             download_and_extract_archive(cifar.url, root, md5=cifar.tgz_md5)
-        for name in files:
+        for name in md5:
             os.stat(os.path.join(root, name))  # raises FileNotFoundError
         try:
             return cifar(root, train=train, transform=transform)
         except RuntimeError as error:
+            differ = [name for name in md5 if calculate_md5(os.path.join(root, name)) != md5[name]]
             raise ValueError(
-                f"{os.path.join(root, cifar.base_folder)} contains other files than the official "
-                f"ones (their md5 differs): delete it, and they are downloaded"
+                f"{root}: not the official files (their md5 differs): {', '.join(differ)}; delete "
+                f"{os.path.join(root, cifar.base_folder)}, and it is downloaded anew"
             ) from error
 
     url = os.path.dirname(cifar.url) + "/"
-    return DataSet(build, tuple(files), url, {cifar.filename: cifar.tgz_md5}, always_download=True)
+    return DataSet(build, tuple(md5), url, {cifar.filename: cifar.tgz_md5}, always_download=True)
 
 
 def _image_folder(root: str, train: bool, transform: Callable, download: bool) -> ImageFolder:
@@ -157,13 +159,13 @@ DATA_SETS = {
         Pets, ("annotations/trainval.txt", "annotations/test.txt", "images/*.jpg"),
         Pets.url, Pets.md5,
     ),
-    "folder": DataSet(_image_folder, ("train/*/*",)),
+    "folder": DataSet(_image_folder, ("train/*/*",), expected="train/CLASS/*.jpg, val/CLASS/*.jpg"),
 }
 
 
 def _refuse_download(data_set: DataSet, root: str, missing: str, asked: bool) -> None:
     """Raise FileNotFoundError with what to do instead, unless a download is what helps."""
-    layout = ", ".join(data_set.layout)
+    layout = data_set.expected or ", ".join(data_set.layout)
     if os.path.isfile(root):
         raise NotADirectoryError(f"{root} is a file: pass the folder that contains {layout}")
     allowed = data_set.always_download or (asked and data_set.url)
@@ -198,7 +200,7 @@ def _elsewhere(layout: Tuple[str, ...], root: str) -> Optional[str]:
         if places[0] != root:
             target = os.path.dirname(os.path.join(root, pattern))
             moves.append(f"{os.path.join(places[0], pattern)} to {target}")
-    return f"it is one level off: move {' and '.join(moves)}"
+    return f"to put it there, move {' and '.join(moves)}"
 
 
 def _near_miss(missing: str, root: str) -> Optional[str]:

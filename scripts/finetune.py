@@ -19,7 +19,6 @@ def main():
 def run(deit, arguments):
     """Run DeiT's ``main(args)`` with a Run in the place of its functions."""
     import datasets  # ours, as import_main has made sure
-
     from deit_plugin import check, cpu, models, options, output  # noqa: F401 (models: for timm)
     from deit_plugin.run import Run
 
@@ -32,7 +31,7 @@ def run(deit, arguments):
     folder = output.RunFolder(args, options.rank())
     folder.claim()
     start = folder.find_start(args)
-    options.complete(args, start)
+    args.start_epoch = start.epoch
     if start.continues and start.epoch >= args.epochs:
         if options.rank() == 0:
             print(f"{start.path} has all {args.epochs} epochs: nothing left to train")

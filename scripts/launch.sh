@@ -9,32 +9,22 @@ usage() {
 usage: scripts/{cifar10,cifar100,flowers,pets}.sh --resume CONVERTED --data-path FOLDER
                                                   --output_dir FOLDER [any flag of DeiT's]
 
-Fine-tunes a converted MoCo v3 checkpoint with DeiT by the published recipe. Your own flags come
-last, so each overrides the recipe's. The same command again continues a run that was stopped.
+Fine-tunes a converted MoCo v3 checkpoint with DeiT by the published recipe, which your own flags
+override. The same command again continues a run that was stopped. Besides DeiT's flags:
 
-  --resume FILE      what convert_to_deit.py wrote
-  --data-path DIR    the data set's folder (see README.md; CIFAR is downloaded when absent)
-  --output_dir DIR   takes checkpoint.pth, best_checkpoint.pth, log.txt and run.json
-  --batch-size N     images per process (128)
   --accum-iter N     batches per process for one optimizer step (1)
   --eval-freq N, --save-freq N
                      evaluate, and write checkpoint.pth, every N epochs and after the last
   --data-set folder  your own images, in train/CLASS/ and val/CLASS/ of --data-path
-  --download         download Flowers or Pets where absent
+  --download         download Flowers or Pets where absent (CIFAR always is)
   --overwrite        start anew in an --output_dir that contains a run, deleting that run
-  --eval             evaluate --resume, a checkpoint of a run
-  --device cpu       rehearse without a GPU
   --check            check what a launch needs, and every image; train nothing
   --dry-run          print the complete command and stop
   --all-flags        list every flag, DeiT's and ours
-  --help             this text
 
-environment, with defaults:
-  DEIT_DIR           the DeiT checkout; default: the one that this bundle was copied into
-  PYTHON             the Python to use (python3)
-  NPROC_PER_NODE     processes on this machine, one for each GPU (8)
-  NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-                     several machines (1, 0, 127.0.0.1, 29500); one machine needs none of them
+environment: DEIT_DIR (the checkout that the bundle was copied into), PYTHON (python3),
+NPROC_PER_NODE (8: processes, one for each GPU), and for several machines NNODES (1), NODE_RANK (0),
+MASTER_ADDR, MASTER_PORT (29500)
 END
 }
 

@@ -169,13 +169,11 @@ def title(runs: List[Run]) -> str:
 def explain(panel, runs: List[Run]) -> None:
     """Add to matplotlib Axes: legend, published accuracies, best point of a run that is alone."""
     panel.margins(y=0.1)
-    curves = panel.get_lines()
-    shown = list(curves) if len(runs) > 1 else []
-    colours = {run.settings["data_set"]: (run.published, line.get_color())
-               for run, line in zip(runs, curves) if run.comparable}
-    for data_set, (published, colour) in colours.items():
-        shown.append(panel.axhline(published, color=colour, linestyle="--", linewidth=1, zorder=1,
-                                   label=f"{published} %  published for {data_set}"))
+    shown = list(panel.get_lines()) if len(runs) > 1 else []
+    published = {run.settings["data_set"]: run.published for run in runs if run.comparable}
+    for data_set, accuracy in published.items():
+        shown.append(panel.axhline(accuracy, color="#555555", linestyle="--", linewidth=1, zorder=1,
+                                   label=f"{accuracy} %  published for {data_set}"))
     if shown:
         panel.legend(handles=shown, loc="best" if len(runs) > 1 else "lower right")
     epochs, values = runs[0].curve("test_acc1")

@@ -13,19 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import conftest
 import generate
-import published
-
-sys.path.insert(0, str(conftest.ROOT))
-
-import datasets  # noqa: E402
 
 PHOTO = (750, 500)  # pixels; near the usual size of a Flowers image
 CONVERT_AS_PUBLISHED = """
@@ -53,7 +46,7 @@ sys.exit(1 if status else 0)
 
 def main():
     """Run the parts asked for; print a line for each figure as it comes."""
-    parts = {"converter": converter, "transforms": transforms, "start": start, "run": run}
+    parts = {"converter": converter, "start": start, "run": run}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART",
@@ -106,34 +99,19 @@ def converter(folder, repeats):
     ways = {"ours": ours, "published": ["-c", CONVERT_AS_PUBLISHED, source, target],
             "floor": ["-c", CONVERT_AT_BEST, copied, target]}
     size = f"ViT-Base, {source.stat().st_size / 1e9:.2f} GB"
-    for state, prepare in (("in memory", _recall), ("on disk", _forget)):
-        measured = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, arguments in ways.items():
-                prepare(source)
-                measured[way].append(_process(arguments))
-                target.unlink()  # to free an old one takes longer than to write a new one
-        seconds, memory = ({way: [run[index] for run in runs] for way, runs in measured.items()}
-                           for index in (0, 1))
-        line(f"converter, {size}, {state}", seconds["published"], seconds["ours"], "s")
-        line("its peak memory", memory["published"], memory["ours"], "GB")
-        floor, here = (statistics.median(seconds[way]) for way in ("floor", "ours"))
-        print(f"| against its floor: import torch, copy what comes out | floor: {floor:.3g} s | "
-              f"{here:.3g} s | {here / floor:.2f} x the floor |", flush=True)
-
-
-def _recall(path):
-    """Have the system hold the file in memory, as if it had just been read."""
-    with open(path, "rb") as file:
-        while file.read(2**20):
-            pass
-
-
-def _forget(path):
-    """Have the system drop its copy of the file in memory, as if it had not been read lately."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    measured = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, arguments in ways.items():
+            source.read_bytes()  # each way finds it in the system's memory, as if just downloaded
+            measured[way].append(_process(arguments))
+            target.unlink()  # to free an old one takes longer than to write a new one
+    seconds, memory = ({way: [run[index] for run in runs] for way, runs in measured.items()}
+                       for index in (0, 1))
+    line(f"converter, {size}", seconds["published"], seconds["ours"], "s")
+    line("its peak memory", memory["published"], memory["ours"], "GB")
+    floor, here = (statistics.median(seconds[way]) for way in ("floor", "ours"))
+    print(f"| its floor: import torch, copy what comes out | floor: "
+          f"{floor:.3g} s | {here:.3g} s | {here / floor:.2f} x the floor |", flush=True)
 
 
 def _process(arguments):
@@ -144,37 +122,6 @@ def _process(arguments):
     if done.returncode:
         sys.exit(f"error: {shlex.join(map(str, arguments))[:200]} failed")
     return tuple(map(float, done.stdout.split()))
-
-
-# The transforms
-
-
-def transforms(folder, repeats, images=200):
-    """Images in a second, decoded and transformed, on one core."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # that these are fewer images than the official ones
-    generate.cifar(folder / "cifar10", "cifar10", train=images, test=images)
-    generate.flowers(folder / "flowers", classes=10, train_per_class=images // 10,
-                     test_per_class=images // 10, size=PHOTO)
-    for data_set in ("cifar10", "flowers"):
-        for is_train in (True, False):
-            args = SimpleNamespace(data_set=data_set, data_path=str(folder / data_set),
-                                   input_size=224, reprob=0)
-            pair = [module.build_dataset(is_train, args)[0] for module in (published, datasets)]
-            theirs, ours = ([], [])
-            for _ in range(repeats):
-                theirs.append(_milliseconds(pair[0]))
-                ours.append(_milliseconds(pair[1]))
-            what = "training" if is_train else "evaluation"
-            line(f"{data_set}, an image in {what}, one core", theirs, ours, "ms")
-
-
-def _milliseconds(dataset):
-    torch.manual_seed(0)
-    began = time.perf_counter()
-    for index in range(len(dataset)):
-        dataset[index]
-    return 1000 * (time.perf_counter() - began) / len(dataset)
 
 
 # Launches
@@ -215,22 +162,20 @@ def _journey(folder, recipe, epochs, **pictures):
 
 
 def _as_published(recipe, flags):
-    """The published way to do the same: it has none of our flags."""
-    flags = [str(flag) for flag in flags if flag != "--overwrite"]
-    return conftest.instead("published.py", recipe, *flags,
-                            without=["--eval-freq", "--save-freq"])
+    """The published way to do the same; published.py takes our flags and ignores them."""
+    return conftest.instead("published.py", conftest.command(recipe, *flags), processes=2)
 
 
 def _seconds(command):
     began = time.perf_counter()
-    subprocess.run([str(part) for part in command], check=True, env=conftest.environment(),
+    subprocess.run([str(part) for part in command], check=True, env=conftest.environment(processes=2),
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def _until_first_step(command):
     began = time.perf_counter()
-    with subprocess.Popen([str(part) for part in command], env=conftest.environment(),
+    with subprocess.Popen([str(part) for part in command], env=conftest.environment(processes=2),
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         seconds = next((time.perf_counter() - began for printed in process.stdout
                         if printed.startswith(b"Epoch: [0]")), None)

@@ -5,6 +5,7 @@ process and one era of the miniature (its HEAD); where two or all count, the tes
 """
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +24,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import convert_to_deit  # noqa: E402
 
-saved = convert_to_deit.load
 REAL_DEIT = os.environ.get("DEIT_DIR")
 DEIT = Path(REAL_DEIT or ROOT / "tests" / "mini_deit").resolve()
 MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
@@ -79,7 +80,8 @@ def flags(data, checkpoint, tmp_path):
 def environment(processes=1, era=None, **variables):
     """The environment of a launch: with DEIT, this Python, and ``variables``; None removes one."""
     known = {"DEIT_DIR": str(DEIT), "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes),
-             "PYTHONPATH": str(ROOT / "tests" / "any_cifar"), "MINI_DEIT_ERA": era}
+             "PYTHONPATH": str(ROOT / "tests" / "any_cifar"), "MINI_DEIT_ERA": era,
+             "OMP_NUM_THREADS": "1"}
     merged = {**os.environ, **known, **variables}
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -91,29 +93,42 @@ def command(recipe, *flags, scripts=ROOT / "scripts"):
     return [str(part) for part in (scripts / f"{recipe}.sh", *small, *flags)]
 
 
-def launch(recipe, *flags, scripts=ROOT / "scripts", script=None, **variables):
-    """Run a recipe to its end; return the completed process with its output as text.
+def launch(recipe, *flags, scripts=ROOT / "scripts", **variables):
+    """Launch a recipe as users do; return the completed process with its output as text."""
+    return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True, text=True,
+                          timeout=300, env=environment(**variables))
 
-    script: one of tests/ to run in the place of finetune.py; variables: as for ``environment``.
-    """
-    words = command(recipe, *flags, scripts=scripts)
-    if script:
-        words = instead(script, words, **variables)
-    return subprocess.run(words, capture_output=True, text=True, timeout=600,
+
+def dry_run(words, **variables):
+    """The command that ``words`` would run, in words, and the completed process that tells it."""
+    done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True,
                           env=environment(**variables))
+    return shlex.split(done.stdout), done
 
 
 def instead(script, words, **variables):
     """The command that ``words`` would run, with a ``script`` of tests/ instead of finetune.py."""
-    printed = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
-                             env=environment(**variables)).stdout
     return [str(ROOT / "tests" / script) if word.endswith("/finetune.py") else word
-            for word in shlex.split(printed)]
+            for word in dry_run(words, **variables)[0]]
+
+
+def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, **variables):
+    """What ``launch`` does, without torch's launcher and in a fraction of the time: see forked.py.
+
+    script: one of tests/ to run in the place of finetune.py.
+    """
+    words, done = dry_run(command(recipe, *flags, scripts=scripts), **variables)
+    if done.returncode:
+        return done
+    start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
+    processes = variables.get("processes", 1) if "--nnodes" in words[:start] else 0
+    return forked.run(ROOT / "tests" / script if script else words[start], words[start + 1:],
+                      environment(**variables), processes)
 
 
 def train(recipe, *flags, **options):
-    """As ``launch``, and it must succeed."""
-    done = launch(recipe, *flags, **options)
+    """As ``fork``, and it must succeed."""
+    done = fork(recipe, *flags, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -137,9 +152,24 @@ def log_of(folder):
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
+def saved(path):
+    """The content of a checkpoint."""
+    return convert_to_deit.load(str(path))
+
+
 def rates_of(folder):
     """The learning rate of each epoch in log.txt."""
     return [row["train_lr"] for row in log_of(folder)]
+
+
+def expected_rates(epochs, warmup, peak, start=1e-6, end=1e-5):
+    """Of each epoch: linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
+    def rate(epoch):
+        if epoch < warmup:
+            return start + epoch * (peak - start) / warmup
+        return end + (peak - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    return [rate(max(0, epoch - 1)) for epoch in range(epochs)]
 
 
 # Launches that are under way, to be killed

@@ -2,7 +2,8 @@
 
 Data sets without checks, torchvision's own transforms, ``--resume`` with ``strict=False`` after
 the weight average was made, no standing in for any function of DeiT's. What DeiT needs on newer
-versions and without a GPU is taken from the bundle. Run as ``finetune.py`` is.
+versions and without a GPU is taken from the bundle. Run as ``finetune.py`` is; flags that DeiT
+does not have are left out.
 """
 import argparse
 import sys
@@ -16,12 +17,9 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-import cpu  # noqa: E402
-import deit  # noqa: E402
-import versions  # noqa: E402
+from deit_plugin import checkout, cpu, versions  # noqa: E402
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "flowers": 102, "pets": 37}
 
@@ -69,38 +67,30 @@ def pets(root, is_train):
 
 
 def build_dataset(is_train, args):
-    """The data set and its number of classes; CIFAR without checksums, for small made-up files."""
+    """The data set and its number of classes."""
     transform, root = transform_for(is_train, args.input_size), Path(args.data_path)
-    if args.data_set in ("flowers", "pets"):
-        samples = {"flowers": flowers, "pets": pets}[args.data_set](root, is_train)
-        return Images(samples, transform), CLASSES[args.data_set]
-    base = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-    base = base[args.data_set]
-
-    class Unchecked(base):
-        train_list = [(name, None) for name, _ in base.train_list]
-        test_list = [(name, None) for name, _ in base.test_list]
-        meta = dict(base.meta, md5=None)
-
-    return Unchecked(root, is_train, transform), CLASSES[args.data_set]
+    if args.data_set.startswith("cifar"):
+        dataset = getattr(torchvision.datasets, args.data_set.upper())(root, is_train, transform)
+    else:
+        dataset = Images((flowers if args.data_set == "flowers" else pets)(root, is_train), transform)
+    return dataset, CLASSES[args.data_set]
 
 
 def main():
     """DeiT's main program, as edited by hand."""
-    folder = deit.find()
-    versions.adapt_before_import()
+    versions.patch_before_import()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, str(checkout.find()))
     import main as deit_main
 
-    versions.adapt(deit_main)
+    versions.patch(deit_main)
     parser = argparse.ArgumentParser(parents=[deit_main.get_args_parser()],
                                      conflict_handler="resolve")
     parser.add_argument("--data-set", choices=sorted(CLASSES))
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()
     if args.device == "cpu":
-        cpu.adapt(deit_main)
+        cpu.patch(deit_main)
     strict = torch.nn.Module.load_state_dict
     torch.nn.Module.load_state_dict = lambda self, state, **_: strict(self, state, strict=False)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

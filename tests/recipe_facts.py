@@ -8,27 +8,40 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-import failures  # noqa: E402
 import finetune  # noqa: E402
+from deit_plugin import errors  # noqa: E402
 
 TRAINED_EPOCHS = 3
 
 
 class Recorder:
-    """Stands in for DeiT's train_one_epoch and create_optimizer."""
+    """Stands in for DeiT's build_dataset, create_optimizer and train_one_epoch."""
 
     def __init__(self, main):
-        self.train, self.create_optimizer = main.train_one_epoch, main.create_optimizer
         self.facts = {"rates": [], "losses": []}
+        for name in ("build_dataset", "create_optimizer", "train_one_epoch"):
+            setattr(self, f"deit_{name}", getattr(main, name))
+            setattr(main, name, getattr(self, name))
 
-    def create_optimizer_here(self, args, model):
+    def build_dataset(self, is_train, args):
+        """Ours, noting the labels, and for a fixed seed what the transforms give."""
+        dataset, classes = self.deit_build_dataset(is_train=is_train, args=args)
+        torch.manual_seed(0)
+        # Eight bits are the same everywhere, and tell any other crop or flip.
+        pixels = [(dataset[index][0] * 32).round().to(torch.int16).numpy().tobytes()
+                  for index in range(3)]
+        name = "train" if is_train else "test"
+        self.facts[f"{name} images"] = [hashlib.sha256(image).hexdigest()[:16] for image in pixels]
+        self.facts[f"{name} labels"] = [int(label) for label in dataset.targets]
+        return dataset, classes
+
+    def create_optimizer(self, args, model):
         """DeiT's, noting what it was made for."""
-        optimizer = self.create_optimizer(args, model)
+        optimizer = self.deit_create_optimizer(args, model)
         names = {id(value): name.replace("module.", "", 1)
                  for name, value in model.named_parameters()}
         decays = [(names[id(value)], group["weight_decay"])
@@ -48,38 +61,20 @@ class Recorder:
         if epoch >= TRAINED_EPOCHS:
             return {"loss": 0.0, "lr": 0.0}
         torch.manual_seed(epoch)  # timm's versions draw unequal numbers to initialise a model
-        stats = self.train(model, criterion, data_loader, optimizer, device, epoch, *rest, **kw)
+        stats = self.deit_train_one_epoch(model, criterion, data_loader, optimizer, device, epoch,
+                                          *rest, **kw)
         self.facts["losses"].append(stats["loss"])
         return stats
 
 
-def of_datasets(build_dataset, args):
-    """Labels, and for a fixed seed what the transforms give."""
-    facts = {}
-    for is_train in (True, False):
-        dataset, _ = build_dataset(is_train, args)
-        torch.manual_seed(0)
-        np.random.seed(0)
-        items = [dataset[index] for index in range(3)]
-        # Eight bits are the same everywhere, and tell any other crop or flip.
-        pixels = [(image * 32).round().to(torch.int16).numpy().tobytes() for image, _ in items]
-        name = "training" if is_train else "test"
-        facts[f"{name} images"] = [hashlib.sha256(image).hexdigest()[:16] for image in pixels]
-        facts[f"{name} labels"] = [int(label) for label in dataset.targets]
-    return facts
-
-
-def run(main, args):
+def run(main, arguments):
     """As finetune.run, with a Recorder in place."""
     recorder = Recorder(main)
-    main.create_optimizer = recorder.create_optimizer_here
-    main.train_one_epoch = recorder.train_one_epoch
-    recorder.facts.update(of_datasets(main.build_dataset, args))
-    original_run(main, args)
-    if int(os.environ.get("RANK", 0)) == 0:
+    finetune_run(main, arguments)
+    if os.environ.get("RANK", "0") == "0":
         Path(os.environ["FACTS"]).write_text(json.dumps(recorder.facts))
 
 
 if __name__ == "__main__":
-    original_run, finetune.run = finetune.run, run
-    failures.guard(finetune.main)
+    finetune_run, finetune.run = finetune.run, run
+    errors.guard(finetune.main)

@@ -6,55 +6,41 @@ from torch.hub import tqdm
 
 from . import options
 from .errors import REFUSED, UserError, die_with_parent, one_line
-from .loaders import steps_per_epoch
 from .output import RunFolder
 from .run import Run
 
 BROKEN_SHOWN = 20
 
 
-class Checklist:
-    """Says each outcome in a line; counts what is not ready."""
+def report(main, args):
+    """Check everything; exit with 2 if a launch would fail. What a problem entails is left out.
 
-    def __init__(self):
-        self.problems = 0
+    main: DeiT's module; args: options.parse's.
+    """
+    folder, problems = RunFolder(args, rank=0), []
 
-    def ask(self, what, check, *arguments):
-        """The value of ``check(*arguments)``, or None if it raised UserError."""
+    def ask(what, check, *arguments):
         try:
             found = check(*arguments)
         except UserError as error:
-            self.problems += 1
+            problems.append(what)
             print(f"PROBLEM  {what}: {error}", flush=True)
             return None
         if isinstance(found, str):
             print(f"ok       {what}: {found}", flush=True)
         return found
 
-
-def report(main, args):
-    """Check everything; exit with 2 if a launch would fail. What follows from a problem is left out.
-
-    main: DeiT's module; args: options.parse's.
-    """
-    checklist, folder = Checklist(), RunFolder(args, rank=0)
-    checklist.ask("GPUs", _gpus, args)
-    checklist.ask("output", folder.check)
-    start = checklist.ask("start", folder.find_start, args)
+    ask("GPUs", _gpus, args)
+    ask("output", folder.check)
+    start = ask("start", folder.find_start, args)
     run = Run(main, args, folder, start)
-    train = checklist.ask("train images", run.build_dataset, True, args)
-    test = checklist.ask("test images", run.build_dataset, False, args)
-    if start:
-        print(f"ok       start: {start.path}")
-    if train and start:
-        checklist.ask("model", _model, run, train)
-    found = [built[0] for built in (train, test) if built]
-    if found:
-        checklist.ask("images", decode, found, args.num_workers)
-    if train:
-        _show_settings(args, steps_per_epoch(len(train[0]), args, run.processes))
-    if checklist.problems:
-        print(f"not ready: {options.count(checklist.problems, 'problem')}")
+    if ask("data", _build_datasets, run):
+        if start:
+            ask("model", _model, run)
+        ask("images", decode, [dataset for dataset, _ in run.datasets.values()], args.num_workers)
+        print("\n".join(run.how()))
+    if problems:
+        print(f"not ready: {options.count(len(problems), 'problem')}")
         sys.exit(REFUSED)
     print("ready")
 
@@ -65,18 +51,17 @@ def _gpus(args):
     return options.check_gpus(args)
 
 
-def _model(run, train):
-    args = run.args
-    model = run.create_model(args.model, num_classes=train[1], drop_rate=args.drop,
+def _build_datasets(run):
+    train, test = (len(run.build_dataset(is_train, run.args)[0]) for is_train in (True, False))
+    return f"{train} train and {test} test images"
+
+
+def _model(run):
+    args, (_, classes) = run.args, run.datasets[True]
+    model = run.create_model(args.model, num_classes=classes, drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
     parameters = sum(value.numel() for value in model.parameters())
-    return f"{args.model}, {parameters:,} parameters, {options.count(train[1], 'class')}"
-
-
-def _show_settings(args, steps):
-    print(f"         effective batch size: {options.batch_size_in_words(args, steps)}\n"
-          f"         learning rate: {options.learning_rate_in_words(args)}\n"
-          f"         settings differ from the published recipe: {', '.join(args.differs) or 'none'}")
+    return f"{args.model}, {parameters:,} parameters, with the weights of {run.start.path}"
 
 
 def decode(datasets, num_workers):
@@ -91,11 +76,9 @@ def decode(datasets, num_workers):
             bar.update(len(errors))
     if not broken:
         return f"all {len(images)} can be decoded"
-    listed = broken[:BROKEN_SHOWN]
-    if len(broken) > BROKEN_SHOWN:
-        listed.append(f"and {len(broken) - BROKEN_SHOWN} more")
+    more = [f"and {len(broken) - BROKEN_SHOWN} more"] if len(broken) > BROKEN_SHOWN else []
     raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded:",
-                                          *listed]))
+                                          *broken[:BROKEN_SHOWN], *more]))
 
 
 class _Decoding(torch.utils.data.Dataset):

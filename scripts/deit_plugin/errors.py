@@ -30,8 +30,8 @@ def guard(run):
         _end(130)
     except SystemExit as stop:
         if stop.code == 1:  # DeiT has no other reason, at any commit
-            _fail("error: the loss is not finite, so DeiT stopped: pass a smaller --lr, and look at "
-                  "the data with --check", 1)
+            _fail("error: the loss is not finite, so DeiT stopped: pass a smaller --lr, and look "
+                  "at the data with --check", 1)
         _end(stop.code or 0)
     except UserError as error:
         _fail(f"error: {error}", error.status)

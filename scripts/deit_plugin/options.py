@@ -1,6 +1,6 @@
 """DeiT's command line with the flags of this bundle, and what differs from the published recipe.
 
-``parse`` and ``complete`` are the only places that change DeiT's args; later they are only read.
+``parse`` is the only place that changes DeiT's args, but for ``start_epoch``; later they are read.
 """
 import argparse
 import difflib
@@ -11,7 +11,7 @@ import torch
 from .errors import UserError
 
 YOUR_FLAGS = "--your-flags"  # launch.sh puts it between the recipe's flags and the user's
-PUBLISHED_PROCESSES = 8
+PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README.md
 # What does not change what is learnt; all else makes up the settings of a run.
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
@@ -54,16 +54,15 @@ def parse(main, data_sets, arguments):
     args.dist_eval = False  # DeiT warns that it counts images twice; here none is
     _check(args)
     args.settings = _settings(args, processes_of(args))
-    published = _settings(parser.parse_args(recipe), PUBLISHED_PROCESSES) if recipe else {}
-    args.differs = _differing(args.settings, published, "published", NOT_IN_RECIPE)
+    args.differs = ["no recipe of scripts/"]
+    if recipe:
+        published = _settings(parser.parse_args(recipe), PUBLISHED_PROCESSES)
+        for name in NOT_IN_RECIPE:
+            del published[name]
+        args.differs = differing(args.settings, published, "published")
     if not getattr(args, "unscale_lr", False):
         args.lr *= args.accum_iter  # DeiT knows of the processes and the batch size
     return args
-
-
-def complete(args, start):
-    """Tell DeiT where to begin. start: an output.Start."""
-    args.start_epoch = start.epoch
 
 
 def _parser(main, data_sets):
@@ -72,6 +71,7 @@ def _parser(main, data_sets):
     parser.set_defaults(data_path="", num_workers=_sensible_workers())
     parser.add_argument("--data-set", choices=sorted(data_sets), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--sched", choices=("cosine", "tanh", "step"), default="cosine")
     parser.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
     ours = parser.add_argument_group("added by this bundle")
     ours.add_argument("--accum-iter", type=int, default=1, metavar="N",
@@ -96,15 +96,15 @@ def _sensible_workers():
 
 
 def rank():
-    """This process's rank, as torch's launcher tells."""
-    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+    """This process's rank, as torch's launcher tells; DeiT wants both variables, too."""
+    return int(os.environ["RANK"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 0
 
 
 def processes_of(args):
     """The number of processes: of this launch, or of the one that --check looks ahead to."""
     if args.check:
         return int(os.environ.get("NPROC_PER_NODE", 1)) * int(os.environ.get("NNODES", 1))
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def _check(args):
@@ -158,16 +158,10 @@ def _settings(args, processes):
     return settings
 
 
-def differing_settings(args, before):
-    """What differs between this run's settings and those of an earlier one, as flags in words."""
-    ignored = set() if args.pretrained else {"pretrained_file"}
-    return _differing(args.settings, before, "there", ignored)
-
-
-def _differing(settings, others, whose, ignored):
+def differing(settings, others, whose):
+    """What differs from others' settings, each as 'flag value (whose: other value)'."""
     return [f"{_setting(name)} {settings.get(name)} ({whose}: {other})"
-            for name, other in others.items()
-            if name not in ignored and settings.get(name) != other]
+            for name, other in others.items() if settings.get(name) != other]
 
 
 def _setting(name):
@@ -175,26 +169,15 @@ def _setting(name):
             "pretrained_file": "--resume"}.get(name, flag(name))
 
 
-def batch_size_in_words(args, steps):
+def batch_size_in_words(args):
     """How the effective batch size comes about, and what would restore the published one."""
     processes, size = processes_of(args), args.settings["effective_batch_size"]
-    parts = [count(processes, "process"), f"{args.batch_size} images"]
-    if args.accum_iter > 1:
-        parts.append(f"{args.accum_iter} accumulated")
-    text = f"{size} = {' x '.join(parts)}; {count(steps, 'step')} per epoch"
-    published, each = 1024, processes * args.batch_size  # MoCo v3's: 8 GPUs x 128
-    if size == published:
-        return text
-    advice = "" if published % each else f": --accum-iter {published // each} restores it"
-    return f"{text} (published: {published}{advice})"
-
-
-def learning_rate_in_words(args):
-    """The learning rate after warm-up, as DeiT scales it."""
-    given, size = args.settings["lr"], args.settings["effective_batch_size"]
-    if getattr(args, "unscale_lr", False):
-        return f"{given:g}"
-    return f"{given:g} x {size} / 512 = {given * size / 512:g}"
+    accumulated = f" x {args.accum_iter} accumulated" if args.accum_iter > 1 else ""
+    text = f"{size} = {count(processes, 'process')} x {args.batch_size} images{accumulated}"
+    restoring, rest = divmod(PUBLISHED_BATCH_SIZE, processes * args.batch_size)
+    if size != PUBLISHED_BATCH_SIZE and not rest:
+        text += f" (--accum-iter {restoring} restores the published {PUBLISHED_BATCH_SIZE})"
+    return text
 
 
 def count(number, what):

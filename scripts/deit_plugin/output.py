@@ -1,15 +1,14 @@
-"""--output_dir: what a run continues from, and its log and checkpoints, written whole or not at all.
+"""--output_dir: what a run continues from, its log, its checkpoints, written whole or not at all.
 
 ``checkpoint.pth`` is the run's word: what it does not contain has not happened, so ``log.txt`` is
 cut back to it. It is written after the epoch's line in ``log.txt``, so none can be missing.
 """
 import contextlib
-import errno
 import json
 import os
 import warnings
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import convert_to_deit
 
@@ -22,13 +21,12 @@ except ImportError:  # Windows
     fcntl = None
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Start(NamedTuple):
-    """Where a run begins: a checkpoint, its path, the first epoch; continuing or from weights."""
+    """Where a run begins: a checkpoint and its path, the first epoch, whether a run goes on."""
 
-    state: Optional[dict]
+    state: dict
     path: str
     epoch: int
     continues: bool
@@ -38,39 +36,34 @@ class RunFolder:
     """``--output_dir`` of one run. Only rank 0 writes, and nothing under --eval or --check."""
 
     def __init__(self, args, rank):
-        self.path = Path(args.output_dir) if args.output_dir else None
-        self.writes = rank == 0 and bool(args.output_dir) and not (args.eval or args.check)
+        self.path = Path(args.output_dir)
+        self.named = bool(args.output_dir)
+        self.writes = rank == 0 and self.named and not (args.eval or args.check)
         self._lock = None
 
     def claim(self):
         """Make the folder and lock it until this process ends.
 
-        Raises UserError if it cannot be written or another process holds it.
+        Raises UserError if it cannot be written or another run writes there.
         """
         if not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".write.tmp").touch()
-        except OSError as error:
-            raise UserError(f"--output_dir {self.path} cannot be written ({error.strerror}): pass "
-                            "another folder") from None
-        try:
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
-            if fcntl:  # this lock is not inherited by data workers, and dies with the process
+            if fcntl:  # this lock dies with the process, and data workers do not inherit it
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output_dir {self.path} is being written by another run: wait for "
                             "it, stop it, or pass another folder") from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+            self.check()
             warnings.warn(f"--output_dir {self.path} cannot be locked ({error.strerror}): see to "
                           "it that no other run writes there", stacklevel=1)
 
     def check(self):
-        """Whether it could be written, in words, without making anything. Raises UserError."""
-        if self.path is None:
+        """Say what is there, and make nothing. Raises UserError if it cannot be written."""
+        if not self.named:
             return "no --output_dir"
         nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -79,41 +72,38 @@ class RunFolder:
         return f"{self.path}, {'contains' if self._has_run() else 'without'} a run"
 
     def _has_run(self):
-        return self.path is not None and (self.path / "checkpoint.pth").exists()
+        return self.named and (self.path / "checkpoint.pth").exists()
 
     def find_start(self, args):
         """Continue what is here, or else start from ``--resume``. Raises UserError."""
         if args.overwrite and self.contains(args.pretrained):
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")
+        path = args.pretrained
         if self._has_run() and not (args.eval or args.overwrite):
             path = str(self.path / "checkpoint.pth")
-            try:
-                state = weights.read(path)
-            except UserError as error:
-                raise UserError(f"{error}; or pass --overwrite to start anew") from None
-        elif args.pretrained:
-            path, state = args.pretrained, weights.read(args.pretrained)
-        else:
+        if not path:
             raise UserError("--resume is missing: pass " + (
                 "a checkpoint of a fine-tuning run" if args.eval else
                 "what convert_to_deit.py wrote"))
-        continues = not args.eval and "optimizer" in state and "epoch" in state
-        if continues and self.contains(path):
+        state = weights.read(path)
+        if args.eval or "optimizer" not in state or "epoch" not in state:
+            return Start(state, path, 0, continues=False)
+        if self.contains(path):
             self._check_settings(args, path, state)
-        return Start(state, path, state["epoch"] + 1 if continues else 0, continues)
+        return Start(state, path, state["epoch"] + 1, continues=True)
 
     def contains(self, path):
         """Whether ``path`` is a file of the run in this folder."""
-        files = [self.path / name for name in RUN_FILES] if self.path else []
+        files = [self.path / name for name in RUN_FILES] if self.named and path else []
         return any(file.exists() and os.path.exists(path) and os.path.samefile(path, file)
                    for file in files)
 
     def _check_settings(self, args, path, state):
         before = dict(state.get("args", {}).get("settings", {}))
-        if self.contains(args.pretrained):  # as one continues with DeiT alone
+        if not args.pretrained or self.contains(args.pretrained):  # as DeiT itself continues
             before.pop("pretrained_file", None)
-        differing = options.differing_settings(args, before)
+        differing = options.differing(args.settings, before, "there")
         if differing:
             raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}; pass "
                             "another --output_dir, or --overwrite to delete that run")
@@ -128,10 +118,9 @@ class RunFolder:
             return
         for left_over in self.path.glob(".*.tmp"):
             left_over.unlink()
-        if overwrite:
-            for name in RUN_FILES:
-                with contextlib.suppress(FileNotFoundError):
-                    (self.path / name).unlink()
+        for name in RUN_FILES if overwrite else ():
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / name).unlink()
         log = self.path / "log.txt"
         if log.exists() and epochs == 0:
             os.replace(log, self.path / "log.txt.old")
@@ -142,24 +131,23 @@ class RunFolder:
     def rows(self):
         """The epochs in log.txt, each a dict; half a line, left by a crash, is none."""
         rows = []
-        if self.path is not None and (self.path / "log.txt").exists():
-            for line in (self.path / "log.txt").read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
+        log = self.path / "log.txt"
+        for line in log.read_text().splitlines() if log.exists() else ():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
         return rows
 
     def save(self, name, state):
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
         if not self.writes:
             return
-        path = self.path / name
         try:
             with open(self.path / "log.txt", "rb") as log:
                 os.fsync(log.fileno())
-            convert_to_deit.save(state, str(path))
+            convert_to_deit.save(state, str(self.path / name))
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; the last whole one "
-                            "is kept: make room and launch again", status=1) from error
+            raise UserError(f"cannot write {self.path / name}: {error.strerror or error}; the last "
+                            "whole one is kept: make room and launch again", status=1) from error
 
     def describe(self, facts):
         """Write run.json: what report.py is to know and log.txt does not tell."""

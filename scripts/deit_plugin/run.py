@@ -7,7 +7,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed
-from timm.models import is_model
 
 from . import options, weights
 from .accumulation import Accumulation, RanksInTurn
@@ -15,8 +14,8 @@ from .errors import UserError, one_line
 from .evaluation import NotEvaluated, evaluate
 from .loaders import PersistentLoaders, steps_per_epoch
 
-STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
-             "train_one_epoch", "evaluate", "get_state_dict", "print")
+STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
+             "get_state_dict", "print")
 DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
 
 
@@ -70,33 +69,19 @@ class Run:
         try:
             model = self.deit["create_model"](name, **given)
         except (RuntimeError, KeyError, TypeError) as error:
-            if not is_model(name):
-                raise UserError(f"--model {name}: neither DeiT nor timm has it; the recipes use "
-                                "deit_base_patch16_224") from error
-            raise UserError(f"--model {name}: cannot be made with {given}: {one_line(error)}"
-                            ) from error
+            raise UserError(f"--model {name}: DeiT and timm cannot make it with {given}: "
+                            f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
         self.headless = weights.fit(model, self.start.state["model"], self.start.path, name,
                                     head_may_miss=not (self.args.eval or self.start.continues))
         return model
 
     def create_optimizer(self, args, model):
         """DeiT's; timm raises all sorts for a name that it does not know."""
-        return self._named(f"--opt {args.opt}", "create_optimizer", args, model)
-
-    def create_scheduler(self, args, optimizer):
-        """DeiT's, likewise."""
-        scheduler = self._named(f"--sched {args.sched}", "create_scheduler", args, optimizer)
-        if scheduler[0] is None:
-            raise UserError(f"--sched {args.sched}: timm has no such schedule; the recipes use "
-                            "cosine")
-        return scheduler
-
-    def _named(self, flag, function, *arguments):
         try:
-            return self.deit[function](*arguments)
+            return self.deit["create_optimizer"](args, model)
         except Exception as error:
-            raise UserError(f"{flag}: timm cannot make it: {one_line(error)}; the recipes use "
-                            "adamw and cosine") from error
+            raise UserError(f"--opt {args.opt}: timm cannot make it: {one_line(error)}; the "
+                            "recipes use adamw") from error
 
     def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
                         max_norm=None, model_ema=None, mixup_fn=None, **kwargs):
@@ -169,29 +154,36 @@ class Run:
             "settings": self.args.settings, "differs": self.args.differs,
             "train_images": len(dataset), "test_images": len(self.datasets[False][0]),
             "classes": dataset.classes})
-        self.print("\n".join(self.summary()), flush=True)
+        self.print("\n".join(self.what() + self.how()), flush=True)
         self.start = self.start._replace(state=None)  # its memory is not needed any more
         self.began = time.monotonic()
 
-    def summary(self):
-        """The run in a few lines."""
+    def what(self):
+        """What is trained from what, in lines."""
         args, (train, classes), (test, _) = self.args, self.datasets[True], self.datasets[False]
-        steps = steps_per_epoch(len(train), args, self.processes)
-        new_head = " (the classifier head is new)" if self.headless else ""
-        start = f"{self.start.path}{new_head}"
+        start = self.start.path
         if self.start.continues:
             start += f", continued: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        return [
-            f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} test "
-            f"images, {classes} classes",
-            f"  start: {start}",
-            f"  effective batch size: {options.batch_size_in_words(args, steps)}",
-            f"  learning rate: {options.learning_rate_in_words(args)}, weight decay "
-            f"{args.weight_decay:g}",
-            f"  evaluation every {options.count(args.eval_freq, 'epoch')}, checkpoint.pth every "
-            f"{options.count(args.save_freq, 'epoch')}, both after the last; into "
-            f"{args.output_dir or '(no --output_dir)'}",
-            f"  settings differ from the published recipe: {', '.join(args.differs) or 'none'}"]
+        elif self.headless:
+            start += " (the classifier head is new)"
+        return [f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} "
+                f"test images, {classes} classes",
+                f"  start: {start}", f"  output: {args.output_dir}"]
+
+    def how(self):
+        """How it is trained, in lines."""
+        args, (train, _) = self.args, self.datasets[True]
+        steps = steps_per_epoch(len(train), args, self.processes)
+        given, size = args.settings["lr"], args.settings["effective_batch_size"]
+        is_scaled = not getattr(args, "unscale_lr", False)
+        return [f"  effective batch size: {options.batch_size_in_words(args)}; "
+                f"{options.count(steps, 'step')} per epoch",
+                f"  learning rate: {given:g}" + (
+                    f" x {size} / 512 = {given * size / 512:g}" if is_scaled else ""),
+                f"  evaluation every {options.count(args.eval_freq, 'epoch')}, checkpoint.pth "
+                f"every {options.count(args.save_freq, 'epoch')}, both after the last",
+                "  settings that differ from the published recipe: "
+                + (", ".join(args.differs) or "none")]
 
     def _check_same_start(self, device):
         """Machines that do not share a folder would continue from different epochs."""
@@ -199,7 +191,7 @@ class Run:
         extremes = torch.tensor([epoch, -epoch], device=device)
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
         if extremes.tolist() != [epoch, -epoch]:
-            raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others at another: "
+            raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others elsewhere: "
                             "--output_dir must be one folder that all machines share")
 
     def _restore(self, optimizer, loss_scaler, model_ema):

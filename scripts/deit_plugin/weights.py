@@ -1,4 +1,4 @@
-"""Pretrained weights into a model, checked: exactly the head may be missing, nothing be left over."""
+"""Pretrained weights into a model: exactly the head may be missing, nothing may be left over."""
 import torch
 import torch.nn.functional as F
 
@@ -7,13 +7,16 @@ from convert_to_deit import CheckpointError, is_sine_cosine, load, recognise
 from .errors import UserError
 
 HEAD = ("head.weight", "head.bias")
-MOCO_V3_SMALL_WIDTH, MOCO_V3_HEADS = 384, 12  # MoCo v3's vits.py, vit_small; DeiT's has 6 heads
+# MoCo v3's vits.py, vit_small; DeiT's model of that width has 6 heads.
+MOCO_V3_SMALL, MOCO_V3_SMALL_WIDTH, MOCO_V3_HEADS = "moco_v3_vit_small_patch16_224", 384, 12
+LONGEST_REASON = 200  # characters: torch lists every tensor that does not fit
 
 
 def read(path):
     """The checkpoint at ``path``: a dict with at least ``model``, a dict of tensors.
 
-    Raises UserError if it is missing, unreadable, or of another kind.
+    A prefix of all names, such as torch.compile's ``_orig_mod.``, is taken away. Raises UserError
+    if the file is missing, unreadable, or of another kind.
     """
     if path.startswith(("http:", "https:")):
         raise UserError(f"--resume {path}: download the file first, then pass its path")
@@ -22,10 +25,13 @@ def read(path):
     except CheckpointError as error:
         raise UserError(f"--resume {error}") from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if isinstance(model, dict) and model and all(map(torch.is_tensor, model.values())):
-        return checkpoint
-    raise UserError(f"--resume {path} is not converted yet: python convert_to_deit.py --input "
-                    f"{path} --output CONVERTED.pth, then --resume CONVERTED.pth")
+    if not isinstance(model, dict) or not all(map(torch.is_tensor, model.values())):
+        raise UserError(f"--resume {path} is not converted yet: python convert_to_deit.py --input "
+                        f"{path} --output CONVERTED.pth, then --resume CONVERTED.pth")
+    prefix = next((name[:-len("cls_token")] for name in model if name.endswith("cls_token")), "")
+    if all(name.startswith(prefix) for name in model):
+        model = {name[len(prefix):]: tensor for name, tensor in model.items()}
+    return {**checkpoint, "model": model}
 
 
 def fit(model, weights, path, model_name, head_may_miss=True):
@@ -36,54 +42,21 @@ def fit(model, weights, path, model_name, head_may_miss=True):
     """
     own = model.state_dict()
     _check_attention_heads(model, weights, path, model_name)
-    weights = resample_position_embedding(weights, own)
     headless = not any(name in weights for name in HEAD)
     if headless and not head_may_miss:
         raise UserError(f"--resume {path} has no classifier head, so there is nothing to evaluate: "
                         "pass a checkpoint of a fine-tuning run")
-    if headless:
-        weights = {**weights, **{name: own[name] for name in HEAD if name in own}}
-    _check_classes(own, weights, path)
-    difference = _difference(own, weights)
-    if difference:
-        raise UserError(f"--resume {path} does not fit --model {model_name}: {difference}"
-                        f"{_advice(weights, model_name)}")
-    model.load_state_dict(weights)
+    head = {name: own[name] for name in HEAD if name in own} if headless else {}
+    try:
+        model.load_state_dict({**resample_position_embedding(weights, own), **head})
+    except RuntimeError as error:
+        vit = recognise(weights)
+        fits = vit.model if vit else None
+        advice = f"; pass --model {fits}" if fits not in (None, model_name) else ""
+        reason = str(error).splitlines()[1].strip(" \t.")[:LONGEST_REASON]  # after a heading
+        raise UserError(f"--resume {path} does not fit --model {model_name} with "
+                        f"{len(own.get(HEAD[0], ()))} classes: {reason}{advice}") from error
     return headless
-
-
-def _check_classes(own, weights, path):
-    head = HEAD[0]
-    if head in own and head in weights and len(own[head]) != len(weights[head]):
-        raise UserError(f"--resume {path} has a classifier head of {len(weights[head])} classes, "
-                        f"not of {len(own[head])}: it was fine-tuned on another --data-set")
-
-
-def _difference(own, weights):
-    missing = [name for name in own if name not in weights]
-    if missing:
-        prefix = _prefix(weights)
-        found = f"; its names begin with {prefix!r}: take that away from each" if prefix else ""
-        return f"{len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}{found}"
-    left_over = [name for name in weights if name not in own]
-    if left_over:
-        return f"{len(left_over)} left over, the first is {left_over[0]!r:.80}"
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            return f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-    return None
-
-
-def _prefix(weights):
-    """What stands before the expected names, as ``module.`` or torch.compile's ``_orig_mod.``."""
-    return next((name[:-len("cls_token")] for name in weights if name.endswith("cls_token")), "")
-
-
-def _advice(weights, model_name):
-    """The ``--model`` that the weights are of, as far as names and shapes tell."""
-    vit = recognise(weights)
-    fits = vit.model if vit else None
-    return f"; pass --model {fits}" if fits not in (None, model_name) else ""
 
 
 def _check_attention_heads(model, weights, path, model_name):
@@ -91,14 +64,13 @@ def _check_attention_heads(model, weights, path, model_name):
 
     MoCo v3's fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
     """
-    table = weights.get("pos_embed")
-    if table is None or table.shape[-1] != MOCO_V3_SMALL_WIDTH or not is_sine_cosine(table):
+    table, blocks = weights.get("pos_embed"), getattr(model, "blocks", None)
+    if table is None or not blocks or not hasattr(blocks[0], "attn"):
         return
-    blocks = getattr(model, "blocks", None)
-    heads = blocks[0].attn.num_heads if blocks and hasattr(blocks[0], "attn") else MOCO_V3_HEADS
-    if heads != MOCO_V3_HEADS:
-        raise UserError(f"--resume {path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, --model "
-                        f"{model_name} has {heads}: pass --model {recognise(weights).model}")
+    heads, is_small = blocks[0].attn.num_heads, table.shape[-1] == MOCO_V3_SMALL_WIDTH
+    if is_small and heads != MOCO_V3_HEADS and is_sine_cosine(table):
+        raise UserError(f"--resume {path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, "
+                        f"--model {model_name} has {heads}: pass --model {MOCO_V3_SMALL}")
 
 
 def resample_position_embedding(weights, own):

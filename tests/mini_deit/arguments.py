@@ -38,9 +38,7 @@ CHOICES = {
 if ERA == "2020":
     FLOATS["--drop-block"] = None
 else:
-    STRINGS.update({"--finetune": "", "--teacher-model": "regnety_160", "--teacher-path": "",
-                    "--distillation-type": "none"})
-    FLOATS.update({"--distillation-alpha": 0.5, "--distillation-tau": 1.0})
+    STRINGS.update({"--finetune": "", "--distillation-type": "none"})
     SWITCHES.append("--dist-eval")
 if HEAD:
     FLOATS["--eval-crop-ratio"] = 0.875
@@ -64,13 +62,3 @@ def get_args_parser():
         parser.add_argument(f"--{name}", action="store_true", default=True)
         parser.add_argument(f"--no-{name}", action="store_false", dest=dest)
     return parser
-
-
-def refuse_unsupported(args):
-    """Say so, rather than ignore it, when an option asks for what the miniature leaves out."""
-    asked = [name for name in ("ThreeAugment", "src", "cosub", "attn_only", "bce_loss")
-             if getattr(args, name, False)]
-    if getattr(args, "distillation_type", "none") != "none":
-        asked.append("distillation_type")
-    if asked:
-        raise NotImplementedError(f"the miniature DeiT has no {', '.join(asked)}")

@@ -1,4 +1,4 @@
-"""Like DeiT's own, this module knows none of our data sets: ours has to take its place."""
+"""As in DeiT, there is a module of this name, and ours has to take its place."""
 
 
 def build_dataset(is_train, args):

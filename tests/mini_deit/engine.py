@@ -14,10 +14,6 @@ def batches(meters, loader, device, header):
         yield [tensor.to(device, non_blocking=True) for tensor in pair]
 
 
-def averages(meters):
-    return {name: meter.global_avg for name, meter in meters.meters.items()}
-
-
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
                     max_norm=0, model_ema=None, mixup_fn=None, set_training_mode=True, args=None):
     model.train(set_training_mode)
@@ -30,7 +26,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             logits = model(images)
             loss = criterion(images, logits, labels) if SINCE_2021 else criterion(logits, labels)
         if not math.isfinite(loss.item()):
-            sys.exit(f"the loss is {loss.item()}")
+            print(f"Loss is {loss.item()}")
+            sys.exit(1)
         optimizer.zero_grad()
         loss_scaler(loss, optimizer, clip_grad=max_norm, parameters=model.parameters(),
                     create_graph=getattr(optimizer, "is_second_order", False))
@@ -40,7 +37,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         meters.update(loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
     meters.synchronize_between_processes()
     print("Averaged stats:", meters)
-    return averages(meters)
+    return meters.averages()
 
 
 @torch.no_grad()
@@ -48,14 +45,8 @@ def evaluate(data_loader, model, device):
     model.eval()
     meters = utils.MetricLogger(delimiter="  ")
     for images, labels in batches(meters, data_loader, device, "Test:"):
-        with torch.cuda.amp.autocast():
-            logits = model(images)
-            loss = torch.nn.functional.cross_entropy(logits, labels)
-        meters.update(loss=loss.item())
-        for name, percent in zip(("acc1", "acc5"), accuracy(logits, labels, topk=(1, 5))):
-            meters.meters[name].update(percent.item(), n=len(images))
-    if SINCE_2021:
-        meters.synchronize_between_processes()
-    means = averages(meters)
-    print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**means))
-    return means
+        logits = model(images)
+        acc1, acc5 = accuracy(logits, labels, topk=(1, 5))
+        meters.update(acc1=acc1, acc5=acc5,
+                      loss=torch.nn.functional.cross_entropy(logits, labels))
+    return meters.averages()

@@ -1,8 +1,5 @@
 """A miniature of DeiT's trainer: its seams, its faults, our own code. See README."""
-import argparse
 import json
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +14,13 @@ from timm.utils import ModelEma, NativeScaler, get_state_dict
 
 import models  # noqa: F401  registers the models with timm
 import utils
-from arguments import get_args_parser, refuse_unsupported
+from arguments import get_args_parser  # noqa: F401
 from datasets import build_dataset
 from engine import evaluate, train_one_epoch
-from era import ERA, HEAD, SINCE_2021
+from era import HEAD, SINCE_2021
 
 if HEAD:
     import augment  # noqa: F401
-if SINCE_2021:
-    from losses import DistillationLoss
 
 
 def train_sampler(dataset, args):
@@ -37,15 +32,6 @@ def train_sampler(dataset, args):
         dataset, num_replicas=utils.get_world_size(), rank=utils.get_rank(), shuffle=True)
 
 
-def eval_order(dataset, args):
-    if ERA == "2020":
-        return {"shuffle": False}
-    if args.dist_eval and (args.distributed or ERA == "2021"):
-        return {"sampler": torch.utils.data.DistributedSampler(
-            dataset, num_replicas=utils.get_world_size(), rank=utils.get_rank(), shuffle=False)}
-    return {"sampler": torch.utils.data.SequentialSampler(dataset)}
-
-
 def make_loaders(args):
     train_set, args.nb_classes = build_dataset(is_train=True, args=args)
     test_set, _ = build_dataset(is_train=False, args=args)
@@ -54,8 +40,7 @@ def make_loaders(args):
         train_set, sampler=train_sampler(train_set, args),
         batch_size=args.batch_size, drop_last=True, **shared)
     test = torch.utils.data.DataLoader(
-        test_set, batch_size=int(1.5 * args.batch_size), drop_last=False,
-        **eval_order(test_set, args), **shared)
+        test_set, batch_size=int(1.5 * args.batch_size), shuffle=False, **shared)
     return train, test
 
 
@@ -79,40 +64,21 @@ def make_criterion(args):
         criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
     else:
         criterion = torch.nn.CrossEntropyLoss()
-    if not SINCE_2021:
-        return criterion
-    return DistillationLoss(criterion, None, args.distillation_type, args.distillation_alpha,
-                            args.distillation_tau)
+    if SINCE_2021:  # with the images, which a teacher would see
+        return lambda images, logits, labels: criterion(logits, labels)
+    return criterion
 
 
 def make_model(args):
     print(f"Creating model: {args.model}")
     newer = {"img_size": args.input_size} if HEAD else {}
-    model = create_model(
+    return create_model(
         args.model, pretrained=False, num_classes=args.nb_classes, drop_rate=args.drop,
         drop_path_rate=args.drop_path, drop_block_rate=getattr(args, "drop_block", None), **newer)
-    if getattr(args, "finetune", ""):
-        load_body(model, torch.load(args.finetune, map_location="cpu")["model"])
-    return model
-
-
-def load_body(model, weights):
-    """--finetune: a head of another size stays behind."""
-    own = model.state_dict()
-    fitting = {name: value for name, value in weights.items()
-               if not name.startswith("head") or value.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
-
-
-def make_ema(model, args):
-    if not args.model_ema:
-        return None
-    place = "cpu" if args.model_ema_force_cpu else ""
-    return ModelEma(model, decay=args.model_ema_decay, device=place, resume="")
 
 
 class Trainer:
-    """All that a checkpoint holds, and the steps of a run."""
+    """All that a checkpoint contains, and the steps of a run."""
 
     def __init__(self, args):
         self.args = args
@@ -121,7 +87,7 @@ class Trainer:
         self.mixup = make_mixup(args)
         self.model = self.bare = make_model(args)
         self.model.to(self.device)
-        self.ema = make_ema(self.bare, args)
+        self.ema = ModelEma(self.bare, decay=args.model_ema_decay) if args.model_ema else None
         if args.distributed:
             self.model = torch.nn.parallel.DistributedDataParallel(
                 self.bare, device_ids=[args.gpu])
@@ -134,22 +100,8 @@ class Trainer:
         self.criterion = make_criterion(args)
 
     def resume(self):
-        """After the weight average was made: it keeps what the model held before."""
-        saved = torch.load(self.args.resume, map_location="cpu")
-        self.bare.load_state_dict(saved["model"])
-        if not self.args.eval and {"optimizer", "lr_scheduler", "epoch"} <= set(saved):
-            self.continue_from(saved)
-        if HEAD:
-            self.scheduler.step(self.args.start_epoch)
-
-    def continue_from(self, saved):
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["lr_scheduler"])
-        self.args.start_epoch = 1 + saved["epoch"]
-        if self.args.model_ema:
-            utils._load_checkpoint_for_ema(self.ema, saved["model_ema"])
-        if SINCE_2021 and "scaler" in saved:
-            self.scaler.load_state_dict(saved["scaler"])
+        """After the weight average was made: it keeps what the model contained before."""
+        self.bare.load_state_dict(torch.load(self.args.resume, map_location="cpu")["model"])
 
     def save(self, name, epoch):
         if not self.args.output_dir:
@@ -166,9 +118,7 @@ class Trainer:
     def train(self, epoch):
         if self.args.distributed:
             self.train_loader.sampler.set_epoch(epoch)
-        newer = {}
-        if SINCE_2021:
-            newer["set_training_mode"] = self.args.train_mode if HEAD else not self.args.finetune
+        newer = {"set_training_mode": True} if SINCE_2021 else {}
         if HEAD:
             newer["args"] = self.args
         return train_one_epoch(
@@ -177,18 +127,16 @@ class Trainer:
 
     def test(self):
         stats = evaluate(self.test_loader, self.model, self.device)
-        images = len(self.test_loader.dataset)
-        print(f"Accuracy of the network on the {images} test images: {stats['acc1']:.1f}%")
+        print(f"Accuracy of the network on the test images: {stats['acc1']:.1f}%")
         return stats
 
     def log(self, epoch, train_stats, test_stats):
-        if not (self.args.output_dir and utils.is_main_process()):
-            return
-        row = {f"train_{name}": value for name, value in train_stats.items()}
-        row.update({f"test_{name}": value for name, value in test_stats.items()})
-        row.update(epoch=epoch, n_parameters=self.parameters)
-        with open(Path(self.args.output_dir, "log.txt"), "a") as out:
-            out.write(f"{json.dumps(row)}\n")
+        row = {**{f"train_{name}": value for name, value in train_stats.items()},
+               **{f"test_{name}": value for name, value in test_stats.items()},
+               "epoch": epoch, "n_parameters": self.parameters}
+        if self.args.output_dir and utils.is_main_process():
+            with open(Path(self.args.output_dir, "log.txt"), "a") as out:
+                out.write(f"{json.dumps(row)}\n")
 
     def run(self):
         best = 0.0
@@ -208,7 +156,6 @@ class Trainer:
 def main(args):
     utils.init_distributed_mode(args)
     print(args)
-    refuse_unsupported(args)
     torch.manual_seed(args.seed + utils.get_rank())
     np.random.seed(args.seed + utils.get_rank())
     cudnn.benchmark = True
@@ -219,13 +166,4 @@ def main(args):
     if args.eval:
         trainer.test()
         return
-    began = time.time()
     trainer.run()
-    print(f"Training time {timedelta(seconds=int(time.time() - began))}")
-
-
-if __name__ == "__main__":
-    parsed = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args()
-    if parsed.output_dir:
-        Path(parsed.output_dir).mkdir(parents=True, exist_ok=True)
-    main(parsed)

@@ -7,9 +7,7 @@ from timm.models.vision_transformer import VisionTransformer, _cfg
 from torch import nn
 
 
-def vit(width, depth, heads, pretrained, options):
-    if pretrained:
-        raise NotImplementedError("the miniature DeiT downloads no weights")
+def vit(width, depth, heads, options):
     norm = partial(nn.LayerNorm, eps=1e-6)
     net = VisionTransformer(embed_dim=width, depth=depth, num_heads=heads, patch_size=16,
                             mlp_ratio=4, qkv_bias=True, norm_layer=norm, **options)
@@ -19,19 +17,14 @@ def vit(width, depth, heads, pretrained, options):
 
 @register_model
 def deit_micro_patch16_224(pretrained=False, **kwargs):
-    return vit(64, 2, 2, pretrained, kwargs)
+    return vit(64, 2, 2, kwargs)
 
 
 @register_model
 def deit_tiny_patch16_224(pretrained=False, **kwargs):
-    return vit(192, 12, 3, pretrained, kwargs)
+    return vit(192, 12, 3, kwargs)
 
 
 @register_model
 def deit_small_patch16_224(pretrained=False, **kwargs):
-    return vit(384, 12, 6, pretrained, kwargs)
-
-
-@register_model
-def deit_base_patch16_224(pretrained=False, **kwargs):
-    return vit(768, 12, 12, pretrained, kwargs)
+    return vit(384, 12, 6, kwargs)

@@ -1,6 +1,5 @@
 """Meters, processes and checkpoint files."""
 import builtins
-import io
 import os
 import statistics
 import time
@@ -10,22 +9,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from era import HEAD
-
 
 class SmoothedValue:
     """The latest values of a series, and the mean of all of it."""
 
-    def __init__(self, window_size=20, fmt=None):
-        self.fmt = fmt or "{median:.4f} ({global_avg:.4f})"
+    def __init__(self, window_size=20, fmt="{median:.4f} ({global_avg:.4f})"):
+        self.fmt = fmt
         self.deque = deque(maxlen=window_size)
         self.count = 0
         self.total = 0.0
 
-    def update(self, value, n=1):
+    def update(self, value):
         self.deque.append(value)
-        self.total += n * value
-        self.count += n
+        self.total += value
+        self.count += 1
 
     def synchronize_between_processes(self):
         if not is_dist_avail_and_initialized():
@@ -35,15 +32,13 @@ class SmoothedValue:
         dist.all_reduce(sums)
         self.count, self.total = int(sums[0].item()), sums[1].item()
 
-    median = property(lambda self: statistics.median_low(self.deque))
-    avg = property(lambda self: statistics.mean(self.deque))
-    global_avg = property(lambda self: self.total / self.count)
-    max = property(lambda self: max(self.deque))
-    value = property(lambda self: self.deque[-1])
+    @property
+    def global_avg(self):
+        return self.total / self.count
 
     def __str__(self):
-        names = ("median", "avg", "global_avg", "max", "value")
-        return self.fmt.format(**{name: getattr(self, name) for name in names})
+        return self.fmt.format(median=statistics.median_low(self.deque),
+                               global_avg=self.global_avg, value=self.deque[-1])
 
 
 class MetricLogger:
@@ -52,11 +47,6 @@ class MetricLogger:
     def __init__(self, delimiter="\t"):
         self.delimiter = delimiter
         self.meters = defaultdict(SmoothedValue)
-
-    def __getattr__(self, name):
-        if name == "meters" or name not in self.meters:
-            raise AttributeError(name)
-        return self.meters[name]
 
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
@@ -68,12 +58,15 @@ class MetricLogger:
         for name, value in values.items():
             self.meters[name].update(float(value))
 
+    def averages(self):
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
     def synchronize_between_processes(self):
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
-    def log_every(self, iterable, print_freq, header=None):
-        header, steps, began = header or "", len(iterable), time.time()
+    def log_every(self, iterable, print_freq, header):
+        steps, began = len(iterable), time.time()
         for step, item in enumerate(iterable):
             yield item
             if step % print_freq == 0 or step + 1 == steps:
@@ -104,14 +97,6 @@ def save_on_master(*args, **kwargs):
         torch.save(*args, **kwargs)
 
 
-def _load_checkpoint_for_ema(model_ema, checkpoint):
-    """timm's loader wants a file. Before HEAD the weights lack its key, so it loads nothing."""
-    stream = io.BytesIO()
-    torch.save({"state_dict_ema": checkpoint} if HEAD else checkpoint, stream)
-    stream.seek(0)
-    model_ema._load_checkpoint(stream)
-
-
 def setup_for_distributed(is_master):
     """Only one process prints, unless another insists with force=True."""
     loud = builtins.print
@@ -124,19 +109,12 @@ def setup_for_distributed(is_master):
 
 
 def init_distributed_mode(args):
-    env = os.environ
-    if {"RANK", "WORLD_SIZE"} <= set(env):
-        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        args.gpu = int(env["LOCAL_RANK"])
-    elif "SLURM_PROCID" in env:
-        args.rank = int(env["SLURM_PROCID"])
-        args.gpu = args.rank % torch.cuda.device_count()
-    else:
+    args.distributed = {"RANK", "WORLD_SIZE"} <= set(os.environ)
+    if not args.distributed:
         print("Not using distributed mode")
-        args.distributed = False
         return
-    args.distributed = True
-    args.dist_backend = "nccl"
+    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    args.gpu, args.dist_backend = int(os.environ["LOCAL_RANK"]), "nccl"
     torch.cuda.set_device(args.gpu)
     torch.distributed.init_process_group(
         backend=args.dist_backend, init_method=args.dist_url,

@@ -1,0 +1,70 @@
+"""The processes of a launch without their launcher, forked from one that has imported torch.
+
+That saves seconds for each. What is about the launcher itself needs a real launch.
+"""
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import generate
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torchvision",
+                                 "timm", "scipy.io"])
+TESTS = Path(__file__).resolve().parent
+# Threads would not survive a fork.
+SERVER = {"OMP_NUM_THREADS": "1", **generate.ANY_CIFAR}
+
+
+def run(script, arguments, variables, processes):
+    """Run ``processes`` of a Python script; return a subprocess.CompletedProcess.
+
+    variables: the whole environment, to which each process adds what torch's launcher sets; 0
+    processes: one, to which it says nothing.
+    """
+    ranks = [{}]
+    if processes:
+        shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        started = []
+        for rank in ranks:
+            rank = {name: str(value) for name, value in rank.items()}
+            process = _context.Process(target=_become, args=(
+                str(script), arguments, {**rank, **variables}, [str(path) for path in outputs]))
+            with mock.patch.dict(os.environ, SERVER):  # which the first start starts, too
+                process.start()
+            started.append(process)
+        for process in started:
+            process.join(300)
+            process.kill()  # does nothing to one that has ended
+            process.join()
+        status = next((process.exitcode for process in started if process.exitcode), 0)
+        return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
+
+
+def _become(script, arguments, variables, outputs):
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = [script, *arguments]
+    # multiprocessing has put pytest's in here
+    ours = {str(TESTS), str(TESTS.parent), str(TESTS.parent / "scripts")}
+    sys.path[:] = [os.path.dirname(script), *variables.get("PYTHONPATH", "").split(os.pathsep),
+                   *(path for path in sys.path if path not in ours)]
+    runpy.run_path(script, run_name="__main__")
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,147 @@
+"""--accum-iter N trains what N times as many processes train.
+
+The pictures are of one colour each, so that augmentation cannot change them, and the optimizer is
+SGD: AdamW would hide a wrong scale of the gradient.
+"""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ERAS, error_of, fork, log_of, rates_of, saved, train
+from deit_plugin.accumulation import RanksInTurn
+
+CLASSES, IMAGES = ("blue", "green", "red"), 43  # 5 steps of 8, and 3 images that fill no step
+CLIPPING = {"2021": ["--clip-grad", "0.5"]}  # in one era; it would hide a wrong scale elsewhere
+STOP_AFTER_FIRST = """
+from deit_plugin.output import RunFolder
+save = RunFolder.save
+def save_and_stop(self, name, state):
+    save(self, name, state)
+    if name == "checkpoint.pth":
+        raise errors.UserError("stopped here")
+RunFolder.save = save_and_stop"""
+WITHOUT_AVERAGING = """
+from deit_plugin.accumulation import Accumulation
+scaler_of = Accumulation.loss_scaler
+Accumulation.loss_scaler = lambda self, scaler: (
+    lambda loss, *rest, **more: scaler_of(self, scaler)(loss * self.accum_iter, *rest, **more))"""
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """A folder of pictures of one colour each, in three classes."""
+    folder, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for number in range(IMAGES + 6):
+        label = number % len(CLASSES)
+        colour = rng.integers(0, 120, 3)
+        colour[2 - label] += 100
+        path = folder / ("train" if number < IMAGES else "val") / CLASSES[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), tuple(map(int, colour))).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(colours, checkpoint, tmp_path_factory):
+    """tuned(era, processes, accum_iter): the folder of a run that makes steps of 8 images."""
+    made = {}
+
+    def tune(era, processes, accum_iter, folder=None, train=train, **variables):
+        key = (era, processes, accum_iter)
+        if folder is None and key in made:
+            return made[key]
+        run = folder or tmp_path_factory.mktemp("run")
+        train("pets", "--data-set", "folder", "--data-path", colours, "--resume", checkpoint,
+              "--output_dir", run, "--batch-size", "2", "--accum-iter", accum_iter, "--opt", "sgd",
+              "--lr", "3", "--warmup-epochs", "0", "--mixup", "0", "--model-ema-decay", "0.8",
+              *CLIPPING.get(era, []), processes=processes, era=era, **variables)
+        return run if folder else made.setdefault(key, run)
+
+    return tune
+
+
+def distance(run, other):
+    """The largest difference of any weight or average between two runs."""
+    states = [saved(folder / "checkpoint.pth") for folder in (run, other)]
+    return max((states[0][part][name] - states[1][part][name]).abs().max().item()
+               for part in ("model", "model_ema") for name in states[0][part])
+
+
+def assert_same(run, other):
+    assert distance(run, other) < 1e-5
+    assert rates_of(run) == rates_of(other)
+    losses = [[row[name] for row in log_of(folder) for name in ("train_loss", "test_loss")]
+              for folder in (run, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("processes, accum_iter", [
+    (1, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_fewer_processes_train_what_four_train(era, processes, accum_iter, tuned):
+    assert_same(tuned(era, processes, accum_iter), tuned(era, 4, 1))
+
+
+def test_training_moves_weights_far_more_than_the_tolerance(tuned, checkpoint):
+    states = saved(checkpoint)["model"], saved(tuned(ERAS[-1], 4, 1) / "checkpoint.pth")["model"]
+    moved = max((states[0][name] - states[1][name]).abs().max() for name in ("cls_token",
+                                                                             "norm.weight"))
+    assert moved > 1e-2
+
+
+def test_without_a_process_group(tuned, tmp_path):
+    """DeiT's HEAD has another sampler there."""
+    alone = tuned(ERAS[-1], 1, 4, folder=tmp_path, RANK=None, WORLD_SIZE=None)
+    assert distance(alone, tuned(ERAS[-1], 4, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])
+def test_continuing_with_another_number_of_processes(first, then, tuned, tmp_path):
+    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, script="altered.py",
+          ALTERED=STOP_AFTER_FIRST)
+    assert len(log_of(tmp_path)) == 1
+    tuned(ERAS[-1], *then, folder=tmp_path)
+    assert_same(tmp_path, tuned(ERAS[-1], 4, 1))
+
+
+def test_a_wrong_gradient_would_be_found(tuned, tmp_path):
+    wrong = tuned(ERAS[-1], 1, 4, folder=tmp_path, script="altered.py", ALTERED=WITHOUT_AVERAGING)
+    assert distance(wrong, tuned(ERAS[-1], 4, 1)) > 1e-3
+
+
+def test_what_is_said_of_it(colours, checkpoint, tmp_path):
+    flags = ["--data-set", "folder", "--data-path", colours, "--resume", checkpoint, "--check"]
+    said = fork("pets", *flags, "--batch-size", "2", "--accum-iter", "4", processes=2).stdout
+    assert "16 = 2 processes x 2 images x 4 accumulated" in said and "2 steps" in said
+    assert "--accum-iter 256" in said  # restores the published 1024
+    refused = fork("pets", *flags, "--batch-size", "8", "--accum-iter", "6")
+    assert "--batch-size 8 x --accum-iter 6 = 48" in refused.stdout and refused.returncode == 2
+    at_start = fork("pets", *flags[:-1], "--batch-size", "8", "--accum-iter", "6",
+                    "--output_dir", tmp_path)
+    assert "--batch-size 8 x --accum-iter 6 = 48" in error_of(at_start)
+    assert not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize("processes, accum_iter", [(1, 4), (2, 2), (4, 1)])
+def test_order_of_images_is_that_of_as_many_ranks(processes, accum_iter):
+    dataset, size = list(range(IMAGES)), 2
+    plain = torch.utils.data.DataLoader(dataset, batch_size=size)
+    for epoch in (0, 1):
+        ranks = []
+        for rank in range(4):
+            sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=4, rank=rank)
+            sampler.set_epoch(epoch)
+            ranks.append(list(sampler))
+        steps = len(ranks[0]) // size
+        wanted = [sorted(sum((rank[step * size:][:size] for rank in ranks), []))
+                  for step in range(steps)]
+        shares = []
+        for rank in range(processes):
+            sampler = RanksInTurn(plain, rank, processes, accum_iter)
+            sampler.set_epoch(epoch)
+            shares.append(list(sampler))
+            assert len(shares[-1]) == len(sampler)
+        each = size * accum_iter
+        assert wanted == [sorted(sum((share[step * each:][:each] for share in shares), []))
+                          for step in range(steps)]
