@@ -36,8 +36,10 @@ refuse() {
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
 export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1}
-[[ $NPROC_PER_NODE$NNODES =~ ^[1-9][0-9]*$ ]] \
-    || refuse "NPROC_PER_NODE=$NPROC_PER_NODE, NNODES=$NNODES: both must be whole numbers, 1 or more"
+for number in NPROC_PER_NODE NNODES; do
+    [[ ${!number} =~ ^[1-9][0-9]*$ ]] \
+        || refuse "$number=${!number}: must be a whole number, 1 or more"
+done
 launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
 if [[ $NNODES != 1 ]]; then # what else a machine's environment says of other machines is not ours
     [[ ${NODE_RANK:-0} =~ ^[0-9]+$ ]] && ((${NODE_RANK:-0} < NNODES)) \

@@ -8,7 +8,7 @@ from . import versions
 from .errors import UserError, one_line
 
 BUNDLE = Path(__file__).resolve().parent.parent.parent
-OUR_MODULES = ("convert_to_deit", "oxford_flowers_dataset", "oxford_pets_dataset", "datasets")
+CLONE = "git clone https://github.com/facebookresearch/deit"
 
 # What is patched in DeiT: every commit from 1d38fa4 (December 2020) to 7e160fe (HEAD) has these.
 PATCHED = {
@@ -17,44 +17,38 @@ PATCHED = {
     "utils": ("save_on_master", "init_distributed_mode", "setup_for_distributed", "SmoothedValue",
               "MetricLogger"),
 }
-CLONE = "git clone https://github.com/facebookresearch/deit"
 
 
 def find():
-    """The folder of the DeiT checkout: ``DEIT_DIR``, or the one this bundle was copied into.
+    """The folder of the DeiT checkout: ``DEIT_DIR``, or else the one this bundle was copied into.
 
-    Raises UserError if there is none, or if both are there and differ.
+    Raises UserError if there is none.
     """
     named = os.environ.get("DEIT_DIR")
-    copied_into = BUNDLE if _is_checkout(BUNDLE) else None
-    if not named:
-        if copied_into is None:
-            raise UserError(f"no DeiT found: {BUNDLE} is not a DeiT checkout and DEIT_DIR is not "
-                            f"set: {CLONE} && export DEIT_DIR=$PWD/deit")
-        return copied_into
-    folder = Path(named).expanduser().resolve()
-    if not _is_checkout(folder):
+    folder = Path(named).expanduser().resolve() if named else BUNDLE
+    if all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
+        return folder
+    if named:
         raise UserError(f"DEIT_DIR={named} is not a DeiT checkout, with main.py, engine.py and "
                         f"utils.py: set it to the folder that {CLONE} made")
-    if copied_into not in (None, folder):
-        raise UserError(f"DEIT_DIR={named}, but this bundle lies in another DeiT checkout, "
-                        f"{copied_into}: unset DEIT_DIR, or use that checkout's scripts")
-    return folder
-
-
-def _is_checkout(folder):
-    return all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py"))
+    raise UserError(f"no DeiT found: {BUNDLE} is not a DeiT checkout and DEIT_DIR is not set: "
+                    f"{CLONE} && export DEIT_DIR=$PWD/deit")
 
 
 def import_main(folder):
     """Import DeiT's ``main`` with our ``datasets``; return the module.
 
-    Raises UserError if a module of DeiT's or ours cannot be imported, if another package took the
-    name ``datasets``, or if something to patch is not there.
+    Raises UserError if a module of DeiT's or ours cannot be imported, if another took the name
+    ``datasets``, or if something to patch is not there.
     """
-    sys.path[:0] = [str(BUNDLE)] + ([str(folder)] if folder != BUNDLE else [])
-    for name in OUR_MODULES:
-        _import_ours(name)
+    sys.path.insert(0, str(BUNDLE))
+    _import("convert_to_deit", f"the bundle in {BUNDLE}")
+    datasets = _import("datasets", f"the bundle in {BUNDLE}")
+    if not hasattr(datasets, "DATA_SETS"):
+        raise UserError(f"datasets was imported from {datasets.__file__}, which is not the "
+                        "bundle's: copy the bundle's datasets.py over DeiT's, or use the bundle "
+                        "from its own folder with DEIT_DIR; and unset PYTHONPATH")
+    sys.path.insert(0, str(folder))
     main = _import("main", f"DeiT in {folder}")
     for module, names in PATCHED.items():
         owner = main if module == "main" else getattr(main, module)
@@ -63,17 +57,6 @@ def import_main(folder):
             raise UserError(f"DeiT in {folder} has no {module}.{missing[0]}: its commits from "
                             "1d38fa4 (December 2020) to 7e160fe (March 2024) are known to work")
     return main
-
-
-def _import_ours(name):
-    module = _import(name, f"the bundle in {BUNDLE}")
-    found = getattr(module, "__file__", None)
-    if not found or Path(found).resolve() != BUNDLE / f"{name}.py":
-        raise UserError(f"{name} was imported from {found}, not from {BUNDLE / name}.py: another "
-                        "package of that name comes first; unset PYTHONPATH")
-    if name == "datasets" and not hasattr(module, "DATA_SETS"):
-        raise UserError(f"{found} is DeiT's own: copy the bundle's datasets.py over it, or use the "
-                        "bundle from its own folder with DEIT_DIR")
 
 
 def _import(name, whose):

@@ -29,13 +29,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Raise UserError in the place of argparse's exit."""
-        words = message.replace("=", " ").split()
-        unknown = [word for word in words if word.startswith("--")] \
-            if message.startswith("unrecognized") else []
-        near = [match for word in unknown
-                for match in difflib.get_close_matches(word, self._option_string_actions, 1)]
-        meant = f"; did you mean {' '.join(near)}?" if near else "; --all-flags lists the flags"
-        raise UserError(message + meant)
+        hint = "--all-flags lists the flags"
+        for word in message.replace(":", " ").split():
+            near = difflib.get_close_matches(word, self._option_string_actions, 1)
+            if near and word.startswith("--") and word not in self._option_string_actions:
+                hint = f"did you mean {near[0]}?"
+        raise UserError(f"{message}; {hint}")
 
 
 def parse(main, data_sets, arguments):
@@ -46,7 +45,6 @@ def parse(main, data_sets, arguments):
     and ``differs`` (see below). Raises UserError on values that cannot work.
     """
     parser = _parser(main, data_sets)
-    recipe = arguments[:arguments.index(YOUR_FLAGS)] if YOUR_FLAGS in arguments else []
     args = parser.parse_args([word for word in arguments if word != YOUR_FLAGS])
     for name in ("resume", "output_dir", "data_path"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
@@ -55,8 +53,9 @@ def parse(main, data_sets, arguments):
     _check(args)
     args.settings = _settings(args, processes_of(args))
     args.differs = ["no recipe of scripts/"]
-    if recipe:
-        published = _settings(parser.parse_args(recipe), PUBLISHED_PROCESSES)
+    if YOUR_FLAGS in arguments:
+        recipe = parser.parse_args(arguments[:arguments.index(YOUR_FLAGS)])
+        published = _settings(recipe, PUBLISHED_PROCESSES)
         for name in NOT_IN_RECIPE:
             del published[name]
         args.differs = differing(args.settings, published, "published")
@@ -160,13 +159,9 @@ def _settings(args, processes):
 
 def differing(settings, others, whose):
     """What differs from others' settings, each as 'flag value (whose: other value)'."""
-    return [f"{_setting(name)} {settings.get(name)} ({whose}: {other})"
+    flags = {"effective_batch_size": "effective batch size", "pretrained_file": "--resume"}
+    return [f"{flags.get(name, flag(name))} {settings.get(name)} ({whose}: {other})"
             for name, other in others.items() if settings.get(name) != other]
-
-
-def _setting(name):
-    return {"effective_batch_size": "effective batch size",
-            "pretrained_file": "--resume"}.get(name, flag(name))
 
 
 def batch_size_in_words(args):

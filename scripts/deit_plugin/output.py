@@ -80,13 +80,18 @@ class RunFolder:
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")
         path = args.pretrained
-        if self._has_run() and not (args.eval or args.overwrite):
+        goes_on = self._has_run() and not (args.eval or args.overwrite)
+        if goes_on:
             path = str(self.path / "checkpoint.pth")
         if not path:
             raise UserError("--resume is missing: pass " + (
                 "a checkpoint of a fine-tuning run" if args.eval else
                 "what convert_to_deit.py wrote"))
-        state = weights.read(path)
+        try:
+            state = weights.read(path)
+        except UserError as error:
+            advice = "; or pass --overwrite to start anew" if goes_on else ""
+            raise UserError(f"{error}{advice}") from None
         if args.eval or "optimizer" not in state or "epoch" not in state:
             return Start(state, path, 0, continues=False)
         if self.contains(path):

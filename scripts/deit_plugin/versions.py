@@ -10,24 +10,20 @@ import warnings
 
 from .errors import UserError
 
-# The oldest that DeiT was made for (its requirements.txt), and Pillow and scipy of those days.
-OLDEST = {"PIL": "6.0", "scipy": "1.0", "torch": "1.7", "torchvision": "0.8", "timm": "0.3.2"}
+NEEDED = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "scipy": "scipy",
+          "PIL": "Pillow"}
 
 
 def check():
-    """Raise UserError for a Python or package that is missing, too old, or does not fit."""
+    """Raise UserError for a Python or package that is missing or does not fit."""
     if sys.version_info < (3, 8):  # noqa: UP036 (it is said to those who have it)
         raise UserError(f"Python {sys.version.split()[0]} is too old: 3.8 or newer is needed")
-    for name, oldest in OLDEST.items():
-        package = "Pillow" if name == "PIL" else name
+    for name, package in NEEDED.items():
         try:
-            version = importlib.import_module(name).__version__
+            importlib.import_module(name)
         except ImportError as error:
             raise UserError(f"{name} cannot be imported by {sys.executable} ({error}): "
                             f"pip install {package}") from error
-        if numbers(version) < numbers(oldest):
-            raise UserError(f"{package} {version} is too old, {oldest} or newer is needed: "
-                            f"pip install -U {package}")
     import numpy
     import torch
 

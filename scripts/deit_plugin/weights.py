@@ -23,10 +23,10 @@ def read(path):
     try:
         checkpoint = load(path)
     except CheckpointError as error:
-        raise UserError(f"--resume {error}") from error
+        raise UserError(str(error)) from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(map(torch.is_tensor, model.values())):
-        raise UserError(f"--resume {path} is not converted yet: python convert_to_deit.py --input "
+        raise UserError(f"{path} is not converted yet: python convert_to_deit.py --input "
                         f"{path} --output CONVERTED.pth, then --resume CONVERTED.pth")
     prefix = next((name[:-len("cls_token")] for name in model if name.endswith("cls_token")), "")
     if all(name.startswith(prefix) for name in model):
@@ -44,7 +44,7 @@ def fit(model, weights, path, model_name, head_may_miss=True):
     _check_attention_heads(model, weights, path, model_name)
     headless = not any(name in weights for name in HEAD)
     if headless and not head_may_miss:
-        raise UserError(f"--resume {path} has no classifier head, so there is nothing to evaluate: "
+        raise UserError(f"{path} has no classifier head, so there is nothing to evaluate: "
                         "pass a checkpoint of a fine-tuning run")
     head = {name: own[name] for name in HEAD if name in own} if headless else {}
     try:
@@ -54,7 +54,7 @@ def fit(model, weights, path, model_name, head_may_miss=True):
         fits = vit.model if vit else None
         advice = f"; pass --model {fits}" if fits not in (None, model_name) else ""
         reason = str(error).splitlines()[1].strip(" \t.")[:LONGEST_REASON]  # after a heading
-        raise UserError(f"--resume {path} does not fit --model {model_name} with "
+        raise UserError(f"{path} does not fit --model {model_name} with "
                         f"{len(own.get(HEAD[0], ()))} classes: {reason}{advice}") from error
     return headless
 
@@ -69,7 +69,7 @@ def _check_attention_heads(model, weights, path, model_name):
         return
     heads, is_small = blocks[0].attn.num_heads, table.shape[-1] == MOCO_V3_SMALL_WIDTH
     if is_small and heads != MOCO_V3_HEADS and is_sine_cosine(table):
-        raise UserError(f"--resume {path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, "
+        raise UserError(f"{path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, "
                         f"--model {model_name} has {heads}: pass --model {MOCO_V3_SMALL}")
 
 
