@@ -22,17 +22,14 @@ COLUMNS = ("run", "data set", "epochs", "best %", "last %", "published %", "vs. 
 LEGEND = """
 published: by MoCo v3's authors, not run here: ViT-Base, 300 epochs of pre-training, 100 of
            fine-tuning; compared only with finished runs of that recipe on the whole data set
-h:mm:ss:   training and evaluation; with > where the time of some epochs is not known
+h:mm:ss:   training and evaluation, of the epochs whose time is known
 """
 PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss",
           "train_lr": "Learning rate"}
-STYLE = {"figure.figsize": (13, 7.3), "figure.dpi": 150, "figure.constrained_layout.use": True,
-         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.1,
-         "font.size": 11, "figure.titlesize": 14, "axes.titlesize": 12, "axes.titleweight": "bold",
-         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-         "axes.edgecolor": "#b0b0b0", "xtick.color": "#555555", "ytick.color": "#555555",
-         "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-         "lines.linewidth": 1.8, "lines.markersize": 5, "legend.edgecolor": "none"}
+STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left",
+         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12}
 # By Okabe and Ito, for colour-blind readers too; their yellow and black are left out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -40,23 +37,19 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 class Run:
     """What log.txt and run.json in ``folder`` say. Raises OSError where that is no run.
 
-    rows: one dict of finite numbers for each epoch; settings: {} where unknown; differs: which of
-    them differ from the published recipe, None where unknown; images: how many train, test images.
+    rows: one dict of finite numbers for each epoch; differs: settings that differ from the
+    published recipe, None where unknown; images: how many train and test images.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, str(folder if folder.name else folder.resolve())
-        self.label = self.name[-40:].replace("$", r"\$")  # matplotlib reads $...$ as a formula
         self.rows, self.notes = [], []
-        self.settings, self.differs, self.images = {}, None, None
+        self.data_set, self.planned, self.differs, self.images = "-", None, None, None
         log, about = folder / "log.txt", folder / "run.json"
         if log.exists() or not about.exists():  # there is no log.txt before the first epoch's end
             self._read_log(log.read_bytes().splitlines())
-        if about.exists():
-            self._read_settings(about.read_bytes())
-        else:
-            self.notes.append("has no run.json: data set and settings are unknown")
-        self.published, *whole = PUBLISHED.get(self.settings.get("data_set"), (None,))
+        self._read_settings(about)
+        self.published, *whole = PUBLISHED.get(self.data_set, (None,))
         self.comparable = bool(whole) and self.differs == [] and self.images == whole
         if self.differs:
             self.notes.append("settings differ from the published recipe: "
@@ -73,18 +66,16 @@ class Run:
                 # An epoch that was trained again after a crash replaces what had followed.
                 self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
             except (ValueError, AttributeError, KeyError):
-                which = "the last line" if number == len(lines) else f"line {number}"
-                self.notes.append(f"log.txt: {which} is damaged or half-written and left out")
+                self.notes.append(f"log.txt: line {number} of {len(lines)} is damaged, left out")
 
-    def _read_settings(self, text: bytes) -> None:
+    def _read_settings(self, path: Path) -> None:
         try:
-            about = json.loads(text)
-            images, differs = [about["train_images"], about["test_images"]], about["differs"]
-            settings = {"data_set": str(about["settings"]["data_set"]),
-                        "epochs": int(about["settings"]["epochs"])}
-            self.settings, self.differs, self.images = settings, list(map(str, differs)), images
-        except (ValueError, TypeError, KeyError):
-            self.notes.append("run.json is damaged: data set and settings are unknown")
+            about = json.loads(path.read_bytes())
+            settings, images = about["settings"], [about["train_images"], about["test_images"]]
+            self.data_set, self.planned, self.differs, self.images = (
+                str(settings["data_set"]), int(settings["epochs"]), list(about["differs"]), images)
+        except (OSError, ValueError, TypeError, KeyError):
+            self.notes.append("run.json is missing or damaged: data set and settings are unknown")
 
     def curve(self, key: str) -> Tuple[List[int], List[float]]:
         """Epochs, counted from 1, that logged ``key``, and its values."""
@@ -94,20 +85,13 @@ class Run:
     def cells(self) -> List[str]:
         """The run's row of the table: a text for each of COLUMNS."""
         accuracies = self.curve("test_acc1")[1] or [None]
-        best = max(accuracies)
-        done, planned = len(self.rows) and self.rows[-1]["epoch"] + 1, self.settings.get("epochs")
-        compared = self.comparable and done == planned and best is not None
-        return [self.name, self.settings.get("data_set", "-"),
-                f"{done} of {planned}" if planned else str(done),
+        best, done = max(accuracies), self.rows[-1]["epoch"] + 1 if self.rows else 0
+        compared = self.comparable and done == self.planned and best is not None
+        seconds = round(sum(self.curve("train_seconds")[1] + self.curve("test_seconds")[1]))
+        return [self.name, self.data_set, f"{done} of {self.planned or '-'}",
                 number(best), number(accuracies[-1]), number(self.published, ".1f"),
-                number(best - self.published if compared else None, "+.2f"), self._time()]
-
-    def _time(self) -> str:
-        seconds = round(sum(sum(self.curve(key)[1]) for key in ("train_seconds", "test_seconds")))
-        known = all("train_seconds" in row and ("test_seconds" in row or "test_acc1" not in row)
-                    for row in self.rows)
-        clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        return ("" if known else ">") + clock if seconds else "-"
+                number(best - self.published if compared else None, "+.2f"),
+                f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds else "-"]
 
 
 def number(value: Optional[float], form: str = ".2f") -> str:
@@ -126,33 +110,30 @@ def table(runs: List[Run]) -> str:
 
 def draw(runs: List[Run]) -> bytes:
     """PNG with the curves of one or several runs. Raises ImportError without matplotlib."""
-    from cycler import cycler
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    lines = cycler(linestyle=["-", ":", "-."]) * cycler(color=COLOURS)
-    with style.context({**STYLE, "axes.prop_cycle": lines}, after_reset=True):
+    with style.context(STYLE, after_reset=True):
         figure, png = Figure(), io.BytesIO()
         first, *others = PANELS
         panels = figure.subplot_mosaic([[first, other] for other in others],
                                        gridspec_kw={"width_ratios": (1.8, 1)})
-        # After the panels and without x: otherwise matplotlib 3.3 leaves no room for it.
-        figure.suptitle(title(runs)).set(x=0.015, ha="left")
+        figure.suptitle(title(runs))  # after the panels, or matplotlib 3.3 leaves no room for it
         for key, panel in panels.items():
-            for run in runs:
+            for index, run in enumerate(runs):
                 epochs, values = run.curve(key)
-                panel.plot(epochs, values, marker="o" if len(epochs) <= 25 else "",
-                           label=f"{run.cells()[3]} %  {run.label}")
-            panel.set(title=PANELS[key], xlim=(0, 1.02 * max(run.rows[-1]["epoch"] + 1
-                                                             for run in runs)))
+                # A name with $...$ would be read as a formula.
+                label = f"best: {run.cells()[3]} %  {run.name[-40:]}".replace("$", r"\$")
+                panel.plot(epochs, values, label=label, marker="." if len(epochs) <= 25 else "",
+                           color=COLOURS[index % 6], linestyle=("-", ":", "-.")[index // 6 % 3])
+            panel.set(title=PANELS[key], xlabel="epoch")
             panel.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-            panel.yaxis.set_major_locator(MaxNLocator(10 if key == first else 4,
-                                                      steps=[1, 2, 5, 10]))
-            panel.yaxis.set_major_formatter("{x:g}")
-        panels[first].set_xlabel("epoch")
-        panels[others[-1]].set_xlabel("epoch")
-        explain(panels[first], runs)
+        published = {(run.data_set, run.published) for run in runs if run.comparable}
+        for data_set, accuracy in sorted(published):
+            panels[first].axhline(accuracy, color="#555555", linestyle="--",
+                                  label=f"published for {data_set}: {accuracy} %")
+        panels[first].legend()
         figure.savefig(png, format="png")
     return png.getvalue()
 
@@ -160,57 +141,23 @@ def draw(runs: List[Run]) -> bytes:
 def title(runs: List[Run]) -> str:
     """What the picture shows."""
     if len(runs) > 1:
-        return f"{len(runs)} runs with their best test accuracy"
+        return f"{len(runs)} runs"
     _, data_set, epochs, *_ = runs[0].cells()
     differs = ", settings differ from the published recipe" if runs[0].differs else ""
-    return f"{runs[0].label}    (data set: {data_set}, epochs: {epochs}{differs})"
-
-
-def explain(panel, runs: List[Run]) -> None:
-    """Add to matplotlib Axes: legend, published accuracies, best point of a run that is alone."""
-    panel.margins(y=0.1)
-    shown = list(panel.get_lines()) if len(runs) > 1 else []
-    published = {run.settings["data_set"]: run.published for run in runs if run.comparable}
-    for data_set, accuracy in published.items():
-        shown.append(panel.axhline(accuracy, color="#555555", linestyle="--", linewidth=1, zorder=1,
-                                   label=f"{accuracy} %  published for {data_set}"))
-    if shown:
-        panel.legend(handles=shown, loc="best" if len(runs) > 1 else "lower right")
-    epochs, values = runs[0].curve("test_acc1")
-    if len(runs) == 1 and values:
-        epoch, best = epochs[values.index(max(values))], max(values)
-        panel.annotate(f"best: {best:.2f} %", (epoch, best), (0, 10), textcoords="offset points",
-                       ha="right" if epoch > panel.get_xlim()[1] / 2 else "left",
-                       color=COLOURS[0], weight="bold", backgroundcolor="white")
-
-
-def save(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_bytes(data)
-        aside.replace(path)
-    finally:
-        if aside.exists():
-            aside.unlink()
+    return f"data set: {data_set}, epochs: {epochs}{differs}"
 
 
 def draw_all(runs: List[Run], output: Path) -> None:
     """A picture of each run, and one of all that can be compared."""
     pictures = [(runs, output / "comparison.png")] if len(runs) > 1 else []
     for shown, path in pictures + [([run], run.folder / "report.png") for run in runs]:
+        png = draw(shown)
         try:
-            save(draw(shown), path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png)
         except OSError as error:
-            stop(f"cannot write {path}: {error.strerror}")
+            sys.exit(f"error: cannot write {path}: {error.strerror}")
         print(f"picture: {path}")
-
-
-def stop(message: str) -> None:
-    """End with one line on what is wrong."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main() -> None:
@@ -228,7 +175,7 @@ def main() -> None:
         except OSError as error:
             skipped.append(f"{folder}: not a run, skipped (log.txt: {error.strerror})")
     if not runs:
-        stop(f"no run found; name the --output_dir of a run; {'; '.join(skipped)}")
+        sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(skipped)}")
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     print(table(runs), LEGEND, *notes, *skipped, sep="\n", flush=True)
     try:

@@ -112,18 +112,18 @@ def instead(script, words, **variables):
             for word in dry_run(words, **variables)[0]]
 
 
-def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, **variables):
+def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, alone=False, **variables):
     """What ``launch`` does, without torch's launcher and in a fraction of the time: see forked.py.
 
-    script: one of tests/ to run in the place of finetune.py.
+    script: one of tests/ to run in the place of finetune.py; alone: without a process group.
     """
     words, done = dry_run(command(recipe, *flags, scripts=scripts), **variables)
     if done.returncode:
         return done
     start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
-    processes = variables.get("processes", 1) if "--nnodes" in words[:start] else 0
+    alone = alone or "--nnodes" not in words[:start]  # as with --check
     return forked.run(ROOT / "tests" / script if script else words[start], words[start + 1:],
-                      environment(**variables), processes)
+                      environment(**variables), 0 if alone else variables.get("processes", 1))
 
 
 def train(recipe, *flags, **options):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing import connection
 from pathlib import Path
 from unittest import mock
 
@@ -42,17 +43,22 @@ def run(script, arguments, variables, processes):
             with mock.patch.dict(os.environ, SERVER):  # which the first start starts, too
                 process.start()
             started.append(process)
-        for process in started:
-            process.join(300)
-            process.kill()  # does nothing to one that has ended
+        status, running = 0, list(started)
+        while running and not status:  # the first that fails ends all, as with torch's launcher
+            ended = connection.wait([process.sentinel for process in running], timeout=300)
+            status = next((process.exitcode for process in started if process.exitcode), 0)
+            assert ended, "not one process has ended in 5 minutes"
+            running = [process for process in running if process.is_alive()]
+        for process in running:
+            process.kill()
             process.join()
-        status = next((process.exitcode for process in started if process.exitcode), 0)
         return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
 
 
 def _become(script, arguments, variables, outputs):
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    multiprocessing.set_start_method(None, force=True)  # data workers start as they do by default
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = [script, *arguments]

@@ -224,7 +224,7 @@ def parse_args(argv):
         command.add_argument("--classes", type=int, default=classes, metavar="N",
                              help=f"use only the first N of the {classes} classes")
         command.add_argument("--train-per-class", type=int, default=2, metavar="N",
-                             help="training images of each class (default: %(default)s)")
+                             help="train images of each class (default: %(default)s)")
         command.add_argument("--test-per-class", type=int, default=1, metavar="N",
                              help="test images of each class (default: %(default)s)")
         command.add_argument("--size", type=int, nargs=2, default=(80, 64),
@@ -232,7 +232,7 @@ def parse_args(argv):
     for what in CIFAR_CLASSES:
         command = commands.add_parser(what, help="a folder with the set's pickled batches")
         command.add_argument("--train", type=int, default=500, metavar="N",
-                             help="training images in all (default: %(default)s)")
+                             help="train images in all (default: %(default)s)")
         command.add_argument("--test", type=int, default=100, metavar="N",
                              help="test images in all (default: %(default)s)")
         command.add_argument("--archive", metavar="FILE", help="pack the folder as .tar.gz, too")

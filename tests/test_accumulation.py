@@ -92,7 +92,7 @@ def test_training_moves_weights_far_more_than_the_tolerance(tuned, checkpoint):
 
 def test_without_a_process_group(tuned, tmp_path):
     """DeiT's HEAD has another sampler there."""
-    alone = tuned(ERAS[-1], 1, 4, folder=tmp_path, RANK=None, WORLD_SIZE=None)
+    alone = tuned(ERAS[-1], 1, 4, folder=tmp_path, alone=True)
     assert distance(alone, tuned(ERAS[-1], 4, 1)) < 1e-5
 
 

@@ -4,6 +4,7 @@ That a killed run continues as if it had never stopped is in test_journey.py, fo
 """
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -35,7 +36,7 @@ def test_ending_the_launcher_ends_every_process(name, flags, tmp_path):
         wait_for(lambda: lines_in(tmp_path / "run" / "log.txt") >= 1)
         assert len(processes_of(tmp_path)) >= 2
         if name == "SIGTERM":
-            assert "another run" in error_of(fork("pets", *flags, *LONG, processes=2))
+            assert "another run" in error_of(fork("pets", *flags, *LONG))
         run.send_signal(getattr(signal, name))
         wait_for(lambda: not processes_of(tmp_path), seconds=15)
         _, stderr = run.communicate(timeout=20)
@@ -107,13 +108,13 @@ RunFolder.save = save_or_fail"""
 @pytest.mark.parametrize("fails, says", [
     # A limit on the size of files stands for the full disk: both fail a write in torch's C++.
     ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))", "too large"),
-    ("os.fsync = lambda _: os.write(os.open('/dev/full', os.O_WRONLY), b'x')", "disk full"),
+    ("os.fsync = lambda _: os.write(os.open('/dev/full', os.O_WRONLY), b'x')", "disk full|No space"),
 ])
 def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_path):
     done = fork("pets", *flags, "--epochs", "3", script="altered.py",
                 ALTERED=altered_after_first_epoch(fails))
     line = error_of(done, status=1)
-    assert says in line and "checkpoint.pth" in line
+    assert re.search(says, line) and "checkpoint.pth" in line
     assert saved(tmp_path / "run" / "checkpoint.pth")["epoch"] == 0
     assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob(".*.tmp"))
     assert len(log_of(tmp_path / "run")) == 2

@@ -30,12 +30,13 @@ def facts(request, data, tmp_path_factory):
                     "head.bias": torch.zeros(37)})
     torch.save({"model": weights}, folder / "weights.pth")
     done = fork(
-        "pets", "--model", "deit_tiny_patch16_224", "--input-size", "224", "--num_workers", "1",
+        "pets", "--model", "deit_tiny_patch16_224", "--input-size", "96", "--num_workers", "1",
         "--epochs", EPOCHS, "--eval-freq", EPOCHS, "--save-freq", EPOCHS, "--lr", PEAK * 512 / 16,
         "--data-path", data / "pets", "--resume", folder / "weights.pth", "--output_dir",
         folder / "run", script="recipe_facts.py", processes=2, era=request.param,
         FACTS=str(folder / "facts.json"))
     assert done.returncode == 0, done.stderr
+    print(json.loads((folder / "facts.json").read_text()))
     return json.loads((folder / "facts.json").read_text())
 
 

@@ -1,7 +1,6 @@
 """Each patch is needed where its docstring says, and only there; what does not fit is named."""
 import shutil
 import sys
-from types import ModuleType
 
 import pytest
 import timm
@@ -37,17 +36,12 @@ def test_patch_is_needed_where_it_says_and_only_there(name, flags):
     assert noted if needed else done.returncode == 0 and not noted, done.stderr
 
 
-@pytest.mark.parametrize("name, version, says", [
-    ("timm", None, "timm cannot be imported"), ("timm", "0.3.1", "timm 0.3.1"),
-    ("torchvision", "0.7.0+cpu", "torchvision 0.7.0"), ("PIL", "5.0", "Pillow 5.0")])
-def test_a_package_that_is_missing_or_too_old_is_named(name, version, says, monkeypatch):
-    package = ModuleType(name) if version else None
-    if version:
-        package.__version__ = version
-    monkeypatch.setitem(sys.modules, name, package)
-    with pytest.raises(errors.UserError, match=says) as refused:
+@pytest.mark.parametrize("name, package", [("timm", "timm"), ("PIL", "Pillow"),
+                                           ("scipy", "scipy")])
+def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(errors.UserError, match=f"{name} cannot .*pip install {package}"):
         versions.check()
-    assert "pip install" in str(refused.value)
 
 
 @pytest.mark.parametrize("file, before, after, says", [

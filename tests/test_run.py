@@ -1,0 +1,161 @@
+"""What a run computes, says and writes, and what can be made of its checkpoints."""
+import argparse
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ERAS, error_of, fork, log_of, saved, train
+
+PUBLISHED = [pytest.param(recipe, era, marks=[] if (recipe, era) in (
+    ("cifar10", ERAS[-1]), ("pets", ERAS[-1])) else pytest.mark.slow)
+    for era in ERAS for recipe in ("cifar10", "cifar100", "flowers", "pets")]
+
+
+@pytest.mark.parametrize("recipe, era", PUBLISHED)
+def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, flags, tmp_path):
+    # The published flowers modules ignore --reprob; at 0 both ways are the same.
+    flags = [*flags, "--data-path", data / recipe, "--epochs", "1", "--reprob", "0",
+             "--input-size", "224", "--num_workers", "1"]
+    options = {"era": era, "processes": 2}
+    train(recipe, *flags, **options)
+    train(recipe, *flags, "--output_dir", tmp_path / "published", script="published.py", **options)
+    ours, theirs = log_of(tmp_path / "run")[0], log_of(tmp_path / "published")[0]
+    assert ours["train_loss"] == theirs["train_loss"]
+    assert ours["train_lr"] == theirs["train_lr"]
+
+
+def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
+    folder = tmp_path / "run"
+    done = train("pets", *flags, "--epochs", "2", "--weight-decay", "0.2")
+    assert done.stdout.count(": test accuracy") == 2  # said once for each evaluation
+    assert "Accuracy of the network" not in done.stdout and "Namespace" not in done.stdout
+    assert "8 = 1 process x 8 images" in done.stdout and "--accum-iter 128" in done.stdout
+    assert re.findall(r"Epoch (\d) of 2: .* to go", done.stdout) == ["1", "2"]
+    *_, best, report = done.stdout.splitlines()
+    assert "Best" in best and str(folder / "best_checkpoint.pth") in best
+    assert f"report.py {folder}" in report
+    rows = log_of(folder)
+    assert f"{max(row['test_acc1'] for row in rows):.2f} %" in best
+    assert all(row["train_seconds"] > 0 and row["test_seconds"] > 0 for row in rows)
+
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["train_images"], facts["test_images"], len(facts["classes"])) == (49, 21, 37)
+    settings = facts["settings"]
+    assert settings["effective_batch_size"] == 8 and settings["weight_decay"] == 0.2
+    assert settings["pretrained_file"] == checkpoint.name
+    for differs in ("--weight-decay 0.2 (published: 0.1)", "--epochs 2 (published: 100)",
+                    "effective batch size 8 (published: 1024)"):
+        assert differs in facts["differs"] and differs in done.stdout
+    assert not any("--lr" in text or "--drop-path" in text for text in facts["differs"])
+
+    start, state = saved(checkpoint)["model"], saved(folder / "checkpoint.pth")
+    for name in start.keys() - {"pos_embed"}:  # which is resampled to the input size here
+        assert torch.allclose(state["model_ema"][name], start[name], atol=1e-6), name
+    assert state["epoch"] == 1 and "optimizer" in state
+
+
+@pytest.mark.parametrize("era", [era for era in ERAS if era != ERAS[-1]] or ERAS)
+def test_weight_average_starts_from_the_checkpoint(era, flags, checkpoint, tmp_path):
+    train("pets", *flags, "--epochs", "1", era=era)
+    start, state = saved(checkpoint)["model"], saved(tmp_path / "run" / "checkpoint.pth")
+    for name in start.keys() - {"pos_embed"}:
+        assert torch.allclose(state["model_ema"][name], start[name], atol=1e-6), name
+
+
+def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, tmp_path):
+    flags = [*flags, "--epochs", "4", "--num_workers", "1"]
+    train("pets", *flags)
+    third = train("pets", *flags, "--eval-freq", "3", "--output_dir", tmp_path / "third",
+                  "--no-model-ema")
+    claims = ["test_acc1" in row for row in log_of(tmp_path / "third")]
+    assert claims == [False, False, True, True] and third.stdout.count(": test accuracy") == 2
+    losses = [[row["train_loss"] for row in log_of(tmp_path / name)] for name in ("run", "third")]
+    assert losses[0] == losses[1]
+    assert saved(tmp_path / "third" / "checkpoint.pth")["model_ema"] is None
+
+
+@pytest.fixture(scope="module")
+def tuned(data, checkpoint, tmp_path_factory):
+    """The folder of a Pets run that has learnt something."""
+    folder = tmp_path_factory.mktemp("tuned")
+    train("pets", "--resume", checkpoint, "--data-path", data / "pets", "--output_dir", folder,
+          "--lr", "1e-1", "--warmup-epochs", "0", "--epochs", "1")
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_evaluation_counts_every_image_once_for_any_number_of_processes(processes, data, tuned):
+    done = train("pets", "--eval", "--resume", tuned / "checkpoint.pth", "--data-path",
+                 data / "pets", processes=processes)
+    row = log_of(tuned)[0]
+    assert done.stdout.count(": test accuracy") == 1
+    assert f"test accuracy {row['test_acc1']:.2f} %, top-5 {row['test_acc5']:.2f} %" in done.stdout
+    assert f"loss {row['test_loss']:.4f}" in done.stdout and "21 images" in done.stdout
+
+
+def test_a_checkpoint_of_plain_deit_can_be_evaluated(data, tuned, tmp_path):
+    path = tmp_path / "deit.pth"
+    torch.save({**saved(tuned / "checkpoint.pth"), "args": argparse.Namespace(lr=1e-3)}, path)
+    flags = ["--eval", "--data-path", data / "pets", "--resume"]
+    said = [re.findall("test accuracy.*", train("pets", *flags, file).stdout)
+            for file in (path, tuned / "checkpoint.pth")]
+    assert said[0] == said[1] and len(said[0]) == 1
+
+
+def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
+    """As with DeiT: --resume names a run's checkpoint, --output_dir another folder."""
+    flags = ["--data-path", data / "pets", "--output_dir", tmp_path, "--epochs", "2",
+             "--lr", "1e-1", "--warmup-epochs", "0"]
+    done = train("pets", *flags, "--resume", tuned / "checkpoint.pth")
+    assert "epoch 2 of 2 comes next" in done.stdout
+    assert [row["epoch"] for row in log_of(tmp_path)] == [1]
+
+
+# Own images
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of images of three classes, for --data-set folder."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("ant", "bee", "cow"):
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "own" / split / name / f"{number}.jpg")
+    return tmp_path / "own"
+
+
+def test_own_images_train_continue_and_evaluate(own, flags, tmp_path):
+    run = tmp_path / "run"
+    flags = [*flags, "--data-set", "folder", "--data-path", own]
+    check = fork("pets", *flags, "--check")
+    assert check.returncode == 0 and "18 train and 6 test images" in check.stdout
+    stopped = fork("pets", *flags, script="altered.py", ALTERED="""
+from deit_plugin import run
+say, run.Run._say_progress = run.Run._say_progress, lambda *_: sys.exit(3)""")
+    assert stopped.returncode == 3  # in the first epoch, before anything was saved
+    train("pets", *flags, "--epochs", "1")
+    assert "nothing left" in train("pets", *flags, "--epochs", "1").stdout
+    assert "on folder: 18 train and 6 test images, 3 classes" in train(
+        "pets", *flags, "--overwrite").stdout
+    assert json.loads((run / "run.json").read_text())["classes"] == ["ant", "bee", "cow"]
+    assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
+    done = train("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")
+    assert "on 6 images" in done.stdout
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (lambda own: (own / "val").rename(own / "other"), "val"),
+    (lambda own: shutil.rmtree(own / "val" / "bee"), "bee"),
+    (lambda own: [path.unlink() for path in (own / "train" / "cow").glob("*")], "cow"),
+])
+def test_own_images_in_a_wrong_layout_are_refused(wrong, says, own, flags):
+    wrong(own)
+    assert says in error_of(fork("pets", *flags, "--data-set", "folder", "--data-path", own))
