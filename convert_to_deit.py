@@ -118,8 +118,8 @@ def _reason(error: Exception, path: str) -> str:
     old, new = json.dumps(path), json.dumps(f"{path}.weights")
     resave = (f'import torch; c = torch.load({old}, "cpu", weights_only=False); '
               'c = c if isinstance(c, dict) else c.state_dict(); '
-              'torch.save({k: v for k, v in c.items() if torch.is_tensor(v) or '
-              f'k in ("state_dict", "model", "epoch")}}, {new})')
+              'torch.save({k: v for k, v in c.items() if torch.is_tensor(v) or k == "epoch" or '
+              f'k in ("state_dict", "model") and isinstance(v, dict)}}, {new})')
     return (f"contains {refused[1]}, which could run code; if you trust the file, "
             f"type: python -c {shlex.quote(resave)} and pass {path}.weights, which it makes")
 
