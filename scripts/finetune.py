@@ -10,9 +10,10 @@ def main():
     errors.die_with_launcher()
     folder = checkout.find()
     versions.check()
-    versions.patch_before_import()
+    versions.quieten_age()
+    versions.restore_pil_interp()
     deit = checkout.import_main(folder)
-    versions.patch(deit)
+    versions.skip_pretrained_cfg(deit)
     run(deit, sys.argv[1:])
 
 

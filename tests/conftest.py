@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 
 import forked
 import generate
@@ -24,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import convert_to_deit  # noqa: E402
 
+TIMM = tuple(map(int, re.findall(r"\d+", timm.__version__)[:3]))
 REAL_DEIT = os.environ.get("DEIT_DIR")
 DEIT = Path(REAL_DEIT or ROOT / "tests" / "mini_deit").resolve()
 MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT

@@ -72,19 +72,21 @@ def build_dataset(is_train, args):
     if args.data_set.startswith("cifar"):
         dataset = getattr(torchvision.datasets, args.data_set.upper())(root, is_train, transform)
     else:
-        dataset = Images((flowers if args.data_set == "flowers" else pets)(root, is_train), transform)
+        samples = flowers if args.data_set == "flowers" else pets
+        dataset = Images(samples(root, is_train), transform)
     return dataset, CLASSES[args.data_set]
 
 
 def main():
     """DeiT's main program, as edited by hand."""
-    versions.patch_before_import()
+    versions.quieten_age()
+    versions.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset
     sys.path.insert(0, str(checkout.find()))
     import main as deit_main
 
-    versions.patch(deit_main)
+    versions.skip_pretrained_cfg(deit_main)
     parser = argparse.ArgumentParser(parents=[deit_main.get_args_parser()],
                                      conflict_handler="resolve")
     parser.add_argument("--data-set", choices=sorted(CLASSES))

@@ -113,13 +113,13 @@ def test_a_wrong_gradient_would_be_found(tuned, tmp_path):
 def test_what_is_said_of_it(colours, checkpoint, tmp_path):
     flags = ["--data-set", "folder", "--data-path", colours, "--resume", checkpoint, "--check"]
     said = fork("pets", *flags, "--batch-size", "2", "--accum-iter", "4", processes=2).stdout
-    assert "16 = 2 processes x 2 images x 4 accumulated" in said and "2 steps" in said
+    assert "16 = 2 processes x 2 images x 4 accumulated" in said and "3 steps" in said
     assert "--accum-iter 256" in said  # restores the published 1024
-    refused = fork("pets", *flags, "--batch-size", "8", "--accum-iter", "6")
-    assert "--batch-size 8 x --accum-iter 6 = 48" in refused.stdout and refused.returncode == 2
-    at_start = fork("pets", *flags[:-1], "--batch-size", "8", "--accum-iter", "6",
+    refused = fork("pets", *flags, "--batch-size", "8", "--accum-iter", "8")
+    assert "43 train images / 1 process x 8 accumulated = 6" in refused.stdout and refused.returncode == 2
+    at_start = fork("pets", *flags[:-1], "--batch-size", "8", "--accum-iter", "8",
                     "--output_dir", tmp_path)
-    assert "--batch-size 8 x --accum-iter 6 = 48" in error_of(at_start)
+    assert "43 train images / 1 process x 8 accumulated = 6" in error_of(at_start)
     assert not (tmp_path / "run.json").exists()
 
 

@@ -79,9 +79,9 @@ def test_steps_of_an_epoch(images, repeated, batch, accum, processes, steps):
 
 
 @pytest.mark.parametrize("images, repeated, batch, accum, says", [
-    (49, False, 64, 1, "= 49 train images per process"),
-    (300, True, 280, 1, "300 // 256 * 256 / 1 = 256 train images"),
-    (300, True, 280, 1, "--no-repeated-aug"), (100, False, 32, 4, "= 128")])
+    (49, False, 64, 1, "49 train images / 1 process = 49, "),
+    (300, True, 280, 1, "300 // 256 * 256 train images / 1 process = 256"),
+    (300, True, 280, 1, "--no-repeated-aug"), (100, False, 32, 4, "x 4 accumulated = 25")])
 def test_an_epoch_without_a_step_is_refused(images, repeated, batch, accum, says):
     args = SimpleNamespace(repeated_aug=repeated, batch_size=batch, accum_iter=accum)
     with pytest.raises(errors.UserError) as refusal:

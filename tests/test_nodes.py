@@ -149,7 +149,8 @@ def test_slurm_job_that_ends_early_is_requeued_only_if_preempted(preempted, slur
 
 
 @pytest.mark.parametrize("arguments, variables, says", [
-    (["dogs"], {}, "'dogs'"), ([], {}, "no recipe ''"), (["pets", "--overwrite"], {}, "--overwrite"),
+    (["dogs"], {}, "'dogs'"), ([], {}, "no recipe ''"),
+    (["pets", "--overwrite"], {}, "--overwrite"),
     (["pets"], {"SLURM_JOB_ID": None}, "no Slurm job"),
     (["pets"], {"SUBMITTED": "/elsewhere/slurm.sh"}, "/elsewhere/slurm.sh"),
 ])

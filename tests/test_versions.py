@@ -3,12 +3,10 @@ import shutil
 import sys
 
 import pytest
-import timm
 
-from conftest import DEIT, error_of, fork
+from conftest import DEIT, TIMM, error_of, fork
 from deit_plugin import errors, versions
 
-TIMM = versions.numbers(timm.__version__)
 IS_HEAD = (DEIT / "augment.py").exists()
 
 # Patch: whether this stack needs it, and what is said without it.

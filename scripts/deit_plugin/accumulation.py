@@ -3,6 +3,7 @@
 All of it acts on the arguments of DeiT's ``train_one_epoch``.
 """
 import itertools
+from types import SimpleNamespace
 
 from torch.utils.data import DistributedSampler, Sampler
 
@@ -53,40 +54,22 @@ class Accumulation:
             yield batch
 
     def optimizer(self, optimizer):
-        """DeiT's optimizer, whose gradients are zeroed before a step only."""
-        return _ClearedOnce(self, optimizer)
+        """What DeiT uses of its optimizer; gradients are zeroed before a step only."""
+        return SimpleNamespace(zero_grad=lambda: self.is_first and optimizer.zero_grad(),
+                               param_groups=optimizer.param_groups, steps=optimizer,
+                               is_second_order=getattr(optimizer, "is_second_order", False))
 
     def loss_scaler(self, scaler):
         """timm's NativeScaler, which steps after the last batch only."""
         def scale(loss, optimizer, create_graph=False, **options):
             loss = loss / self.accum_iter
             if self.is_last:
-                scaler(loss, optimizer.optimizer, create_graph=create_graph, **options)
+                scaler(loss, optimizer.steps, create_graph=create_graph, **options)
             else:  # timm before 0.9 cannot do the first half alone
                 scaler._scaler.scale(loss).backward(create_graph=create_graph)
         return scale
 
     def model_ema(self, model_ema):
         """The weight average, which follows after a step only."""
-        return model_ema and _FollowsSteps(self, model_ema)
-
-
-class _ClearedOnce:
-    def __init__(self, accumulation, optimizer):
-        self.accumulation, self.optimizer = accumulation, optimizer
-
-    def zero_grad(self):
-        if self.accumulation.is_first:
-            self.optimizer.zero_grad()
-
-    def __getattr__(self, name):
-        return getattr(self.optimizer, name)
-
-
-class _FollowsSteps:
-    def __init__(self, accumulation, model_ema):
-        self.accumulation, self.ema = accumulation, model_ema
-
-    def update(self, model):
-        if self.accumulation.is_last:
-            self.ema.update(model)
+        return model_ema and SimpleNamespace(
+            update=lambda model: self.is_last and model_ema.update(model))

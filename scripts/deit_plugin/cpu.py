@@ -2,7 +2,6 @@
 
 All DeiT commits need all of it; a run on GPUs is not touched.
 """
-import functools
 import inspect
 import os
 import warnings
@@ -10,13 +9,11 @@ import warnings
 import torch
 import torch.distributed
 
-from .evaluation import is_distributed
-
 
 def patch(main):
     """Make DeiT run on the CPU, alone and with several processes."""
     hide_gpus()
-    use_gloo(main)
+    use_gloo()
     sum_meters_on_cpu(main)
     wait_for_no_gpu()
     wrap_without_device_ids()
@@ -29,13 +26,21 @@ def hide_gpus():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def use_gloo(main):
+def use_gloo():
     """DeiT's ``init_distributed_mode`` knows nccl only, and takes a GPU for each process."""
-    main.utils.init_distributed_mode = functools.partial(init_with_gloo, main.utils)
+    init = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda backend, **rest: init("gloo", **rest)
+    torch.cuda.set_device = lambda device: None
 
 
 def sum_meters_on_cpu(main):
     """DeiT's ``SmoothedValue`` sums over processes in a tensor on cuda."""
+    def sum_over_processes(meter):
+        if torch.distributed.is_initialized():
+            sums = torch.tensor([meter.count, meter.total], dtype=torch.float64)
+            torch.distributed.all_reduce(sums)
+            meter.count, meter.total = int(sums[0]), sums[1].item()
+
     main.utils.SmoothedValue.synchronize_between_processes = sum_over_processes
 
 
@@ -46,6 +51,10 @@ def wait_for_no_gpu():
 
 def wrap_without_device_ids():
     """DeiT passes ``device_ids``, which torch refuses for a model on the CPU."""
+    class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module, device_ids=None, **kwargs):
+            super().__init__(module, **kwargs)
+
     torch.nn.parallel.DistributedDataParallel = DistributedDataParallelOnCpu
 
 
@@ -69,31 +78,3 @@ def quieten_missing_gpu():
                     "CUDA initialization: Found no NVIDIA driver",
                     r"torch\.cuda\.amp\.(autocast|GradScaler)"):
         warnings.filterwarnings("ignore", message=message)
-
-
-def init_with_gloo(utils, args):
-    """DeiT's ``init_distributed_mode``: sets rank, world_size, distributed."""
-    args.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not args.distributed:
-        return
-    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    args.gpu, args.dist_backend = None, "gloo"
-    torch.distributed.init_process_group(backend="gloo", init_method=args.dist_url,
-                                         world_size=args.world_size, rank=args.rank)
-    utils.setup_for_distributed(args.rank == 0)
-
-
-class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
-    """Takes DeiT's ``device_ids`` and drops them."""
-
-    def __init__(self, module, device_ids=None, **kwargs):
-        super().__init__(module, **kwargs)
-
-
-def sum_over_processes(value):
-    """DeiT's ``SmoothedValue.synchronize_between_processes``."""
-    if not is_distributed():
-        return
-    sums = torch.tensor([value.count, value.total], dtype=torch.float64)
-    torch.distributed.all_reduce(sums)
-    value.count, value.total = int(sums[0]), sums[1].item()

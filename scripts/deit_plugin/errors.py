@@ -52,9 +52,10 @@ def die_with_parent(*_):
 
 def die_with_launcher():
     """The same for a process of launcher.py, which may have ended already."""
-    die_with_parent()
-    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
-        _end(1)
+    if LAUNCHER in os.environ:
+        die_with_parent()
+        if os.environ[LAUNCHER] != str(os.getppid()):
+            _end(1)
 
 
 def one_line(error):
@@ -87,7 +88,7 @@ def _fail(text, status, may_be_lost_peer=False):
 
 def _is_first_to_fail():
     try:
-        os.close(os.open(os.environ[FIRST_FAILURE], os.O_CREAT | os.O_EXCL))
+        open(os.environ[FIRST_FAILURE], "x").close()
     except FileExistsError:
         return False
     except (KeyError, OSError):  # no launcher; it is gone, and its folder with it

@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .errors import UserError, die_with_parent
+from .options import count
 
 # Seconds. After a collective, a thread of gloo takes and frees Python's locks; a data worker forked
 # at that moment inherits one that nobody frees (Python before 3.12; seen once in 1000 launches).
@@ -49,20 +50,18 @@ class PersistentLoaders:
 
 
 def steps_per_epoch(images, args, processes):
-    """Optimizer steps of an epoch: partial batches are left out, as DeiT does, and partial steps.
+    """Optimizer steps of an epoch. Partial batches are left out, as DeiT does.
 
     Raises UserError if there is none.
     """
+    ranks, whole = processes * args.accum_iter, str(images)
+    share = -(-images // ranks)
     if args.repeated_aug:  # samplers.py of DeiT: RASampler
-        share, how = images // 256 * 256 // processes, f"{images} // 256 * 256 / {processes}"
-    else:
-        share, how = -(-images // processes), f"{images} / {processes}"
-    steps = share // args.batch_size // args.accum_iter
-    if steps:
-        return steps
-    each = f"--batch-size {args.batch_size}"
-    if args.accum_iter > 1:
-        each += f" x --accum-iter {args.accum_iter} = {args.batch_size * args.accum_iter}"
+        share, whole = images // 256 * 256 // ranks, f"{images} // 256 * 256"
+    if share >= args.batch_size:
+        return share // args.batch_size
+    by = count(processes, "process") + f" x {args.accum_iter} accumulated" * (args.accum_iter > 1)
     hint = "pass --no-repeated-aug, or " if args.repeated_aug and images >= args.batch_size else ""
-    raise UserError(f"no whole step in an epoch: {how} = {share} train images per process, fewer "
-                    f"than {each}; {hint}use fewer processes or a smaller --batch-size")
+    raise UserError(f"no whole step in an epoch: {whole} train images / {by} = {share}, fewer than "
+                    f"--batch-size {args.batch_size}; {hint}use a smaller --batch-size or fewer "
+                    "processes")

@@ -4,6 +4,7 @@
 cut back to it. It is written after the epoch's line in ``log.txt``, so none can be missing.
 """
 import contextlib
+import fcntl
 import json
 import os
 import warnings
@@ -14,11 +15,6 @@ import convert_to_deit
 
 from . import options, weights
 from .errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 
@@ -51,8 +47,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
-            if fcntl:  # this lock dies with the process, and data workers do not inherit it
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # This lock dies with the process, and data workers do not inherit it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output_dir {self.path} is being written by another run: wait for "
                             "it, stop it, or pass another folder") from None

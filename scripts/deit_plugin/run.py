@@ -65,11 +65,10 @@ class Run:
         """
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
-        given = {key: value for key, value in kwargs.items() if value not in (None, False)}
         try:
-            model = self.deit["create_model"](name, **given)
+            model = self.deit["create_model"](name, **kwargs)
         except (RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"--model {name}: DeiT and timm cannot make it with {given}: "
+            raise UserError(f"--model {name}: DeiT and timm cannot make it for --input-size {size}: "
                             f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
         self.headless = weights.fit(model, self.start.state["model"], self.start.path, name,
                                     head_may_miss=not (self.args.eval or self.start.continues))
@@ -155,7 +154,7 @@ class Run:
             "train_images": len(dataset), "test_images": len(self.datasets[False][0]),
             "classes": dataset.classes})
         self.print("\n".join(self.what() + self.how()), flush=True)
-        self.start = self.start._replace(state=None)  # its memory is not needed any more
+        self.start.state.clear()  # its memory is not needed any more
         self.began = time.monotonic()
 
     def what(self):

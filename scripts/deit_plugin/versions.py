@@ -27,32 +27,17 @@ def check():
     import numpy
     import torch
 
-    if numbers(numpy.__version__) >= (2,) and numbers(torch.__version__) < (2, 3):
+    try:
+        torch.from_numpy(numpy.zeros(1))
+    except RuntimeError as error:  # torch before 2.3 with NumPy 2
         raise UserError(f"torch {torch.__version__} cannot use numpy {numpy.__version__}: "
-                        "pip install 'numpy<2'")
-
-
-def numbers(version):
-    """(2, 6, 0) of '2.6.0+cu124', for comparing."""
-    parts = version.split("+")[0].split(".")[:3]
-    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
+                        "pip install 'numpy<2'") from error
 
 
 def found():
     """The versions of what a run stands on, as 'torch 2.15.0, torchvision ...'."""
     return ", ".join(f"{name} {importlib.import_module(name).__version__}"
                      for name in ("torch", "torchvision", "timm"))
-
-
-def patch_before_import():
-    """What DeiT's modules need to be imported at all."""
-    quieten_age()
-    restore_pil_interp()
-
-
-def patch(main):
-    """What DeiT's imported ``main`` needs."""
-    skip_pretrained_cfg(main)
 
 
 def restore_pil_interp():
