@@ -252,8 +252,8 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     """Take MoCo v3's encoder without its head out of a checkpoint or a dict of tensors.
 
     Returns:
-        OrderedDict of the tensors under timm's names in file order, 150 for ViT-Base, copied only
-        where one is a part of a larger storage; and in words where they were found.
+        OrderedDict of the tensors, not copied, under timm's names in file order, 150 for ViT-Base;
+        and in words where they were found.
 
     Raises:
         CheckpointError: it contains no encoder of MoCo v3, or not exactly a ViT's tensors.
@@ -264,9 +264,11 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
                if name.startswith(prefix) and not name.startswith(prefix + "head.")}
     model = OrderedDict()
     for name, tensor in encoder.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is no tensor but a {type(tensor).__name__}; {WANTED}")
         layer, dot, kind = name.rpartition(".")
         right_name = MISNAMED.get(layer, layer) + dot + kind
-        model[name if right_name in encoder else right_name] = _plain_tensor(name, tensor)
+        model[name if right_name in encoder else right_name] = tensor.detach()
     vit = recognise(model)
     problem = vit.problem if vit else "no pos_embed of 3 or patch_embed.proj of 4 dimensions"
     if problem:
@@ -317,16 +319,6 @@ def _find_prefix(weights: Dict[str, Any]) -> str:
     return prefixes[0]
 
 
-def _plain_tensor(name: str, tensor: Any) -> torch.Tensor:
-    """The tensor without gradient, copied if saving it would save a larger storage with it."""
-    if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"{name} is no tensor but a {type(tensor).__name__}; {WANTED}")
-    tensor = tensor.detach()
-    storage = getattr(tensor, "untyped_storage", tensor.storage)()  # torch 2.0 has renamed it
-    surplus = storage.size() * storage.element_size() > tensor.numel() * tensor.element_size()
-    return tensor.clone() if surplus else tensor
-
-
 def convert_file(source: str, target: str) -> str:
     """Convert the file `source` into the file `target`; return three lines to print.
 
@@ -343,19 +335,23 @@ def convert_file(source: str, target: str) -> str:
         model, found = convert(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    size = save({"model": model}, target)
-    vit, epoch = recognise(model), checkpoint.get("epoch")
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    parameters = sum(tensor.numel() for name, tensor in model.items() if not name.endswith(buffers))
-    stem = " with a convolutional stem" if vit.stem else ""
+    size, epoch = save({"model": model}, target), checkpoint.get("epoch", "unknown")
+    return f"{_describe(model, f'epoch {epoch}: {found}')}: {target}, {size / 1e6:.1f} MB"
+
+
+def _describe(model: Dict[str, torch.Tensor], origin: str) -> str:
+    """The architecture, what it fits, and its size."""
+    vit = recognise(model)
     fit = f"DeiT has no such model (patch size {vit.patch}, {vit.input_size} pixels)."
     if vit.model:
         input_size = "" if vit.input_size == 224 else f" --input-size {vit.input_size}"
         heads = " (12 heads; DeiT's deit_small_patch16_224 has 6)" if vit.width == 384 else ""
         fit = f"Fits DeiT's --model {vit.model}{input_size}{heads}."
-    return (f"{vit.name}{stem} (width {vit.width}, depth {vit.depth}), epoch "
-            f"{epoch if isinstance(epoch, (int, numpy.integer)) else 'unknown'}: {found}\n{len(model)} tensors, "
-            f"{parameters:,} parameters, {size / 1e6:.1f} MB: {target}\n{fit}")
+    stem = " with a convolutional stem" if vit.stem else ""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = sum(tensor.numel() for name, tensor in model.items() if not name.endswith(buffers))
+    return (f"{vit.name}{stem} (width {vit.width}, depth {vit.depth}), {origin}\n{fit}\n"
+            f"{len(model)} tensors, {parameters:,} parameters")
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -168,8 +168,8 @@ def _as_published(recipe, flags):
 
 def _seconds(command):
     began = time.perf_counter()
-    subprocess.run([str(part) for part in command], check=True, env=conftest.environment(processes=2),
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, env=conftest.environment(processes=2))
     return time.perf_counter() - began
 
 

@@ -203,7 +203,7 @@ def wait_for(condition, seconds=120, pause=0.05):
 
 
 def processes_of(folder):
-    """Process ids of the finetune.py processes, and their data workers, that write to ``folder``."""
+    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -280,7 +280,7 @@ def test_check_counts_every_problem_and_no_consequence_of_one(data, flags, tmp_p
     nothing = fork("pets", *flags, "--check", "--data-path", tmp_path / "gone")
     assert nothing.stdout.splitlines()[-1] == "not ready: 1 problem"
     few = fork("pets", *flags, "--check", "--repeated-aug")
-    assert "49 // 256 * 256 / 1 = 0" in few.stdout and few.returncode == 2
+    assert "49 // 256 * 256 train images / 1 process = 0" in few.stdout and few.returncode == 2
 
 
 def checkpoint_of(flags):

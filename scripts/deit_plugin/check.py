@@ -30,7 +30,7 @@ def report(main, args):
             print(f"ok       {what}: {found}", flush=True)
         return found
 
-    ask("GPUs", _gpus, args)
+    ask("GPUs", options.check_gpus, args)
     ask("output", folder.check)
     start = ask("start", folder.find_start, args)
     run = Run(main, args, folder, start)
@@ -43,12 +43,6 @@ def report(main, args):
         print(f"not ready: {options.count(len(problems), 'problem')}")
         sys.exit(REFUSED)
     print("ready")
-
-
-def _gpus(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return "this machine has none, so they were not counted"
-    return options.check_gpus(args)
 
 
 def _build_datasets(run):

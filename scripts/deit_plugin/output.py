@@ -80,9 +80,8 @@ class RunFolder:
         if goes_on:
             path = str(self.path / "checkpoint.pth")
         if not path:
-            raise UserError("--resume is missing: pass " + (
-                "a checkpoint of a fine-tuning run" if args.eval else
-                "what convert_to_deit.py wrote"))
+            raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under "
+                            "--eval a checkpoint of a run")
         try:
             state = weights.read(path)
         except UserError as error:
@@ -96,12 +95,11 @@ class RunFolder:
 
     def contains(self, path):
         """Whether ``path`` is a file of the run in this folder."""
-        files = [self.path / name for name in RUN_FILES] if self.named and path else []
-        return any(file.exists() and os.path.exists(path) and os.path.samefile(path, file)
-                   for file in files)
+        path = Path(path).resolve()
+        return self.named and path.parent == self.path.resolve() and path.name in RUN_FILES
 
     def _check_settings(self, args, path, state):
-        before = dict(state.get("args", {}).get("settings", {}))
+        before = dict(state.get("settings", {}))  # plain DeiT notes none
         if not args.pretrained or self.contains(args.pretrained):  # as DeiT itself continues
             before.pop("pretrained_file", None)
         differing = options.differing(args.settings, before, "there")

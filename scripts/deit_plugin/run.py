@@ -68,7 +68,7 @@ class Run:
         try:
             model = self.deit["create_model"](name, **kwargs)
         except (RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"--model {name}: DeiT and timm cannot make it for --input-size {size}: "
+            raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {size}: "
                             f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
         self.headless = weights.fit(model, self.start.state["model"], self.start.path, name,
                                     head_may_miss=not (self.args.eval or self.start.continues))
@@ -226,7 +226,8 @@ class Run:
         if state is None:
             return
         state = {"scaler": self.loss_scaler.state_dict(), **state,  # 1d38fa4 leaves it out
-                 "args": vars(self.args)}  # a plain dict: torch.load reads it with weights_only
+                 "args": vars(self.args),  # a plain dict: torch.load reads it with weights_only
+                 "settings": self.args.settings}
         if self.best is not None and self.best["epoch"] == self.epoch:
             self.folder.save("best_checkpoint.pth", state)
         if is_due(self.epoch, self.args.save_freq, self.args.epochs):
