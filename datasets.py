@@ -176,7 +176,10 @@ def _elsewhere(layout: Tuple[str, ...], root: str, missing: str) -> Optional[str
         # Another process that downloads may have put it in place by now.
         if not places or _find(root, pattern):
             return None
-        changes.append(f"{places[0]} to {os.path.join(root, pattern)}")
+        place = places[0]
+        if "*" in pattern:
+            place = os.path.join(os.path.dirname(place), "*" + os.path.splitext(place)[1])
+        changes.append(f"{place} to {os.path.join(root, pattern)}")
     return f"move or rename {', '.join(changes)}"
 
 

@@ -1,6 +1,7 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
 import builtins
 import os
+import shlex
 import time
 from datetime import timedelta
 
@@ -241,7 +242,7 @@ class Run:
         if self.best is not None:
             self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
                        f"{self.best['epoch'] + 1}, {self.folder.path / 'best_checkpoint.pth'}\n"
-                       f"Table and curves: python scripts/report.py {self.folder.path}")
+                       f"Table and curves: python scripts/report.py {shlex.quote(str(self.folder.path))}")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

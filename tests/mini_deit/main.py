@@ -134,7 +134,7 @@ class Trainer:
         row = {**{f"train_{name}": value for name, value in train_stats.items()},
                **{f"test_{name}": value for name, value in test_stats.items()},
                "epoch": epoch, "n_parameters": self.parameters}
-        if self.args.output_dir and utils.is_main_process():
+        if self.args.output_dir and utils.get_rank() == 0:
             with open(Path(self.args.output_dir, "log.txt"), "a") as out:
                 out.write(f"{json.dumps(row)}\n")
 

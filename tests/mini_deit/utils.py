@@ -4,7 +4,6 @@ import os
 import statistics
 import time
 from collections import defaultdict, deque
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -71,9 +70,7 @@ class MetricLogger:
             yield item
             if step % print_freq == 0 or step + 1 == steps:
                 print(self.delimiter.join([header, f"[{step}/{steps}]", str(self)]))
-        spent = time.time() - began
-        each = spent / steps  # no batch at all is a ZeroDivisionError here, as in DeiT
-        print(f"{header} Total time: {timedelta(seconds=int(spent))} ({each:.4f} s / it)")
+        print(f"{header} Total time: {time.time() - began:.1f} s")
 
 
 def is_dist_avail_and_initialized():
@@ -88,12 +85,8 @@ def get_rank():
     return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
-def is_main_process():
-    return get_rank() == 0
-
-
 def save_on_master(*args, **kwargs):
-    if is_main_process():
+    if get_rank() == 0:
         torch.save(*args, **kwargs)
 
 
