@@ -240,9 +240,10 @@ class Run:
             self.commit()
         self.loaders.close()
         if self.best is not None:
+            folder = self.folder.path
             self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
-                       f"{self.best['epoch'] + 1}, {self.folder.path / 'best_checkpoint.pth'}\n"
-                       f"Table and curves: python scripts/report.py {shlex.quote(str(self.folder.path))}")
+                       f"{self.best['epoch'] + 1}, {folder / 'best_checkpoint.pth'}\n"
+                       f"Table and curves: python scripts/report.py {shlex.quote(str(folder))}")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
