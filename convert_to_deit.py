@@ -83,6 +83,7 @@ def _check(path: str, start: bytes) -> bool:
         damaged = archive.testzip()
         if damaged:
             raise CheckpointError(f"{path}: damaged (checksum of {damaged}); download it again")
+        # torch would map a compressed checkpoint, too, and give wrong numbers without a word.
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 

@@ -200,6 +200,8 @@ def _download(data_set: DataSet, root: str, build: Callable) -> Any:
     with _one_process_at_a_time(root):
         try:
             return build(download=True)
+        except ValueError:  # of a file that is there
+            raise
         except Exception as error:  # urllib and tarfile raise all sorts
             raise OSError(f"cannot download from {data_set.url}: {error}; launch again, or put "
                           f"{', '.join(data_set.md5)} into {root} by hand before") from error

@@ -2,7 +2,7 @@
 # The whole journey in one command, on generated data: convert, fine-tune, show the accuracy.
 # Under a minute on 2 cores, without a GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
 set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 deit_commit=7e160fe43f0252d17191b71cbb5826254114ea5b
 demo=${DEMO_DIR:-demo-output}

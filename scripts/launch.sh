@@ -23,7 +23,7 @@ override. The same command again continues a run that was stopped. Besides DeiT'
   --all-flags        list every flag, DeiT's and ours
 
 environment: DEIT_DIR (the checkout that the bundle was copied into), PYTHON (python3),
-NPROC_PER_NODE (8: processes, one for each GPU), and for several machines NNODES (1), NODE_RANK (0),
+NPROC_PER_NODE (8: processes, one for each GPU), and for several machines NNODES (1), NODE_RANK,
 MASTER_ADDR, MASTER_PORT (29500)
 END
 }
@@ -42,9 +42,10 @@ for number in NPROC_PER_NODE NNODES; do
 done
 launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
 if [[ $NNODES != 1 ]]; then # what else a machine's environment says of other machines is not ours
-    [[ ${NODE_RANK:-0} =~ ^[0-9]+$ ]] && ((${NODE_RANK:-0} < NNODES)) \
-        || refuse "NODE_RANK=${NODE_RANK:-0}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
-    launcher+=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) \
+        || refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
+    [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
+    launcher+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
         --master_port "${MASTER_PORT:-29500}")
 fi
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4

@@ -38,7 +38,8 @@ def report(main, args):
         if start:
             ask("model", _model, run)
         ask("images", decode, [dataset for dataset, _ in run.datasets.values()], args.num_workers)
-        print("\n".join(run.how()))
+        if not args.eval:
+            print("\n".join(run.how()))
     if problems:
         print(f"not ready: {options.count(len(problems), 'problem')}")
         sys.exit(REFUSED)

@@ -1,6 +1,6 @@
 """What DeiT, which takes a GPU for granted, needs to run with ``--device cpu``.
 
-All DeiT commits need all of it; a run on GPUs is not touched.
+A run on GPUs is not touched.
 """
 import inspect
 import os

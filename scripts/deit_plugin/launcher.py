@@ -21,7 +21,8 @@ def main():
         raise errors.UserError(f"torch is not installed for {sys.executable}: pip install torch "
                                "torchvision timm scipy Pillow")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++, waiting for other machines, heeds no other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's default too, but it warns of it
+    if os.environ.get("NPROC_PER_NODE") != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's default too, but it warns of it
     os.environ[errors.LAUNCHER] = str(os.getpid())
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)

@@ -65,7 +65,7 @@ def parse(main, data_sets, arguments):
 
 
 def _parser(main, data_sets):
-    parser = Parser(prog="finetune.py", parents=[main.get_args_parser()],
+    parser = Parser(prog="finetune.py", parents=[main.get_args_parser()], allow_abbrev=False,
                     conflict_handler="resolve", description="Fine-tune with DeiT's own trainer.")
     parser.set_defaults(data_path="", num_workers=_sensible_workers())
     parser.add_argument("--data-set", choices=sorted(data_sets), required=True)

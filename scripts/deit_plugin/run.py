@@ -229,9 +229,10 @@ class Run:
         state = {"scaler": self.loss_scaler.state_dict(), **state,  # 1d38fa4 leaves it out
                  "args": vars(self.args),  # a plain dict: torch.load reads it with weights_only
                  "settings": self.args.settings}
-        if self.best is not None and self.best["epoch"] == self.epoch:
+        is_best = self.best is not None and self.best["epoch"] == self.epoch
+        if is_best:  # then its epoch must not be lost, or log.txt would not know of it
             self.folder.save("best_checkpoint.pth", state)
-        if is_due(self.epoch, self.args.save_freq, self.args.epochs):
+        if is_best or is_due(self.epoch, self.args.save_freq, self.args.epochs):
             self.folder.save("checkpoint.pth", state)
 
     def finish(self):
