@@ -32,13 +32,15 @@ IS_OLD = importlib.util.find_spec("torch.distributed.run") is None  # torch befo
 LONG = ["--epochs", "500", "--save-freq", "100"]  # longer than any test
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
-def test_ending_the_launcher_ends_every_process(name, flags, tmp_path):
-    with running("pets", *flags, *LONG, processes=2) as run:
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 2), ("SIGINT", 1), ("SIGKILL", 1)])
+def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path):
+    """And every data worker."""
+    flags = [*flags, *LONG, "--num_workers", "1"]
+    with running("pets", *flags, processes=processes) as run:
         wait_for(lambda: lines_in(tmp_path / "run" / "log.txt") >= 1)
-        assert len(processes_of(tmp_path)) >= 2
+        assert len(processes_of(tmp_path)) >= 2 * processes
         if name == "SIGTERM":
-            assert "another run" in error_of(fork("pets", *flags, *LONG))
+            assert "another run" in error_of(fork("pets", *flags))
         run.send_signal(getattr(signal, name))
         wait_for(lambda: not processes_of(tmp_path), seconds=15)
         _, stderr = run.communicate(timeout=20)

@@ -149,6 +149,10 @@ say, run.Run._say_progress = run.Run._say_progress, lambda *_: sys.exit(3)""")
     assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
     done = train("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")
     assert "on 6 images" in done.stdout
+    for split in ("train", "val"):
+        (own / split / "ant").rename(own / split / "zebra")
+    evaluated = fork("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")
+    assert "other classes, ant, bee, cow" in error_of(evaluated)
 
 
 @pytest.mark.parametrize("wrong, says", [

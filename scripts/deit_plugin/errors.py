@@ -68,9 +68,10 @@ def _known_cause(error):
     lines = str(error).strip().splitlines() or [repr(error)]
     if isinstance(error, RuntimeError) and "out of memory" in lines[0]:
         return f"{lines[0]}: pass a smaller --batch-size, and --accum-iter to make up for it"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in lines[-1]:
-        return (f"{lines[-1]}: out of memory? Pass fewer --num_workers; in a container, enlarge "
-                "/dev/shm")
+    is_of_worker = isinstance(error, RuntimeError) and "DataLoader worker" in lines[-1]
+    if is_of_worker or isinstance(error, ConnectionError):  # the pipe to a worker that was killed
+        return (f"{lines[-1]}: was a DataLoader worker killed, out of memory? Pass fewer "
+                "--num_workers; in a container, enlarge /dev/shm")
     if isinstance(error, OSError):
         disk_full = "disk full: " if error.errno == errno.ENOSPC else ""
         return disk_full + lines[-1]  # a data worker's arrives with its whole traceback

@@ -64,6 +64,11 @@ class Run:
 
         All commits load ``--resume`` after that copy, which then averages from random weights.
         """
+        classes = self.datasets[True][0].classes
+        before = self.start.state.get("classes", classes)  # only a run's own checkpoint tells them
+        if before != classes:
+            raise UserError(f"{self.start.path} is of a run on other classes, "
+                            f"{', '.join(before):.80}, than --data-path {self.args.data_path} has")
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
@@ -228,7 +233,7 @@ class Run:
             return
         state = {"scaler": self.loss_scaler.state_dict(), **state,  # 1d38fa4 leaves it out
                  "args": vars(self.args),  # a plain dict: torch.load reads it with weights_only
-                 "settings": self.args.settings}
+                 "settings": self.args.settings, "classes": self.datasets[True][0].classes}
         is_best = self.best is not None and self.best["epoch"] == self.epoch
         if is_best:  # then its epoch must not be lost, or log.txt would not know of it
             self.folder.save("best_checkpoint.pth", state)
