@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ERAS, error_of, fork, log_of, saved, train
+from conftest import ERAS, MODEL, error_of, fork, log_of, saved, train
 
 PUBLISHED = [pytest.param(recipe, era, marks=[] if (recipe, era) in (
     ("cifar10", ERAS[-1]), ("pets", ERAS[-1])) else pytest.mark.slow)
@@ -149,6 +149,9 @@ say, run.Run._say_progress = run.Run._say_progress, lambda *_: sys.exit(3)""")
     assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
     done = train("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")
     assert "on 6 images" in done.stdout
+    other = fork("pets", *flags, "--eval", "--resume", run / "checkpoint.pth", "--model",
+                 "deit_tiny_patch16_224")
+    assert f"is of a run with --model {MODEL}" in error_of(other)
     for split in ("train", "val"):
         (own / split / "ant").rename(own / split / "zebra")
     evaluated = fork("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")

@@ -64,6 +64,9 @@ class Run:
 
         All commits load ``--resume`` after that copy, which then averages from random weights.
         """
+        its_model = self.start.state.get("settings", {}).get("model", name)
+        if its_model != name:  # they may differ in no shape, as in the number of heads
+            raise UserError(f"{self.start.path} is of a run with --model {its_model}: pass that")
         classes = self.datasets[True][0].classes
         before = self.start.state.get("classes", classes)  # only a run's own checkpoint tells them
         if before != classes:
