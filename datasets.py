@@ -123,6 +123,8 @@ def _image_folder(root: str, train: bool, transform: Callable, download: bool) -
     except (FileNotFoundError, RuntimeError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     empty = classes - {dataset.classes[label] for label in dataset.targets}
+    if len(classes) < 2:
+        raise ValueError(f"{folder}: one class alone, {', '.join(classes)}; there must be two")
     if empty:  # older torchvision takes them
         raise ValueError(f"{folder}: no images of the classes {', '.join(sorted(empty))}")
     return dataset

@@ -34,6 +34,9 @@ def run(deit, arguments):
     start = folder.find_start(args)
     args.start_epoch = start.epoch
     if start.continues and start.epoch >= args.epochs:
+        if not folder.contains(start.path):
+            raise errors.UserError(f"--resume {start.path} has all {args.epochs} epochs: pass more "
+                                   "--epochs to go on from it")
         if options.rank() == 0:
             print(f"{start.path} has all {args.epochs} epochs: nothing left to train")
         return None

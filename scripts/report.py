@@ -64,7 +64,8 @@ class Run:
                 row = {key: value for key, value in json.loads(line).items()
                        if isinstance(value, (int, float)) and math.isfinite(value)}
                 # An epoch that was trained again after a crash replaces what had followed.
-                self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
+                epoch = row["epoch"]
+                self.rows = [old for old in self.rows if old["epoch"] < epoch] + [row]
             except (ValueError, AttributeError, KeyError):
                 self.notes.append(f"log.txt: line {number} of {len(lines)} is damaged, left out")
 
