@@ -55,17 +55,20 @@ def load(path: str) -> Any:
         with open(path, "rb") as file:
             start = file.read(16)
         if start[8:9] == b"{":  # after 8 bytes of length a header in JSON
-            return _load_safetensors(path)
-        safe = {"weights_only": True, "mmap": _check(path, start)}
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        safe = {"weights_only": True, "mmap": _check(path, start)} if SAFE_AND_MAPPED else {}
         with warnings.catch_warnings(), _harmless_extras():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", **(safe if SAFE_AND_MAPPED else {}))
-    except CheckpointError:
-        raise
+            return torch.load(path, map_location="cpu", **safe)
+    except CheckpointError as error:
+        problem = str(error)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; check the path") from error
+        problem = f"{error.strerror or error}; check the path"
     except Exception as error:  # damaged bytes make the readers raise almost anything
-        raise CheckpointError(f"{path}: {_reason(error, path)}") from error
+        problem = _reason(error, path)
+    raise CheckpointError(f"{path}: {problem}")
 
 
 def _check(path: str, start: bytes) -> bool:
@@ -78,11 +81,11 @@ def _check(path: str, start: bytes) -> bool:
             what = "a Git LFS pointer, not the file that it stands for"
         elif start.lstrip().startswith(b"<"):
             what = "a web page (HTML)"
-        raise CheckpointError(f"{path}: this is {what}; download it again")
+        raise CheckpointError(f"this is {what}; download it again")
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged:
-            raise CheckpointError(f"{path}: damaged (checksum of {damaged}); download it again")
+            raise CheckpointError(f"damaged (checksum of {damaged}); download it again")
         # torch would map a compressed checkpoint, too, and give wrong numbers without a word.
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
@@ -99,17 +102,11 @@ def _harmless_extras() -> Any:
     return torch.serialization.safe_globals(harmless)
 
 
-def _load_safetensors(path: str) -> Dict[str, torch.Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(f"{path}: a safetensors file; pip install safetensors") from error
-    return load_file(path)
-
-
 def _reason(error: Exception, path: str) -> str:
     """Why a reader failed, and what to type next."""
     text = str(error).strip()
+    if isinstance(error, ImportError) and "safetensors" in text:
+        return "a safetensors file; pip install safetensors"
     if isinstance(error, (ImportError, AttributeError)):  # of an older Python stack than its own
         return f"contains what is not installed here ({text}); convert it where it was made"
     refused = re.search(r"(?:GLOBAL |class '?|Unsupported (?=operand))([\w.]+(?: \d+)?)", text)
@@ -178,52 +175,48 @@ def save(content: Dict[str, Any], path: str) -> int:
 class VisionTransformer(NamedTuple):
     """What the names and shapes of its tensors tell about a ViT."""
 
-    name: str  # such as "ViT-Base", or "ViT" for a size that MODELS lacks
-    width: int
-    depth: int
-    patch: int  # side of a patch, in pixels
+    title: str  # such as "ViT-Base (width 768, depth 12)"
     input_size: int  # side of an image, in pixels
-    stem: bool  # whether it begins with MoCo v3's convolutional stem
     model: Optional[str]  # --model of DeiT or timm that it fits
     problem: str  # tensors that are missing, unexpected or of a wrong shape; "" if it is whole
 
 
-def recognise(weights: Dict[str, Any]) -> Optional[VisionTransformer]:
+def recognise(weights: Dict[str, torch.Tensor]) -> Optional[VisionTransformer]:
     """Tell which ViT the tensors are of, from names and shapes alone; None if of none.
 
     A classifier, `head.*`, may be there or not.
     """
-    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()
               if not name.startswith("head.")}
-    stem = "patch_embed.proj.0.weight" in shapes
-    patch_shape = (0, 3, 16, 16) if stem else shapes.get("patch_embed.proj.weight", ())
-    position_shape = shapes.get("pos_embed", ())
-    if len(position_shape) != 3 or len(patch_shape) != 4:
+    stem = {name: shape for name, shape in shapes.items() if name.startswith("patch_embed.proj.")}
+    convolutional = "patch_embed.proj.0.weight" in stem  # MoCo v3's, in the place of one block
+    patch_shape = (0, 0, 16, 16) if convolutional else stem.get("patch_embed.proj.weight", ())
+    if len(shapes.get("pos_embed", ())) != 3 or len(patch_shape) != 4:
         return None
-    (_, tokens, width), patch = position_shape, patch_shape[3]
-    blocks = re.findall(r"^blocks\.(\d+)\.", "\n".join(shapes), re.MULTILINE)
-    full = {size: depth - stem for size, depth in MODELS}  # the stem replaces one block
-    depth = max([full.get(width, 0), *(1 + int(block) for block in blocks)])
+    (_, tokens, width), patch = shapes["pos_embed"], patch_shape[3]
     side = math.isqrt(max(tokens - 1, 0))
-    problem = _differences(shapes, _shapes_of(shapes, width, depth, patch, side))
-    name, model = MODELS.get((width, depth + stem), ("ViT", None))
-    fits = patch == 16 and not stem and not problem
-    return VisionTransformer(name, width, depth, patch, side * patch, stem,
-                             model if fits else None, problem)
+    full = {size: depth - convolutional for size, depth in MODELS}
+    blocks = re.findall(r"^blocks\.(\d+)\.", "\n".join(shapes), re.MULTILINE)
+    depth = max([full.get(width, 0), *(1 + int(block) for block in blocks)])
+    expected = _shapes_of(width, depth, side)
+    expected.update(stem if convolutional else {"patch_embed.proj.weight": (width, 3, patch, patch),
+                                                "patch_embed.proj.bias": (width,)})
+    problem = _differences(shapes, expected)
+    name, model = MODELS.get((width, depth + convolutional), ("ViT", None))
+    title = f"{name}{' with a convolutional stem' * convolutional} (width {width}, depth {depth})"
+    fits = patch == 16 and not convolutional and not problem
+    return VisionTransformer(title, side * patch, model if fits else None, problem)
 
 
-def _shapes_of(found: dict, width: int, depth: int, patch: int, side: int) -> Dict[str, tuple]:
-    """Names and shapes of a ViT without head; those of a convolutional stem as `found`."""
+def _shapes_of(width: int, depth: int, side: int) -> Dict[str, tuple]:
+    """Names and shapes of a ViT's tensors, but for its stem and head."""
     layers = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
               "norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
-    weights = {f"blocks.{i}.{layer}": layers[layer] for i in range(depth) for layer in layers}
-    weights["norm"] = (width,)
-    shapes = {name: shape for name, shape in found.items() if name.startswith("patch_embed.proj.")}
-    if "patch_embed.proj.weight" in shapes:
-        weights["patch_embed.proj"] = (width, 3, patch, patch)
-    for name, shape in weights.items():
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side * side, width)}
+    for name in ["norm", *(f"blocks.{i}.{layer}" for i in range(depth) for layer in layers)]:
+        shape = layers.get(name.split(".", 2)[-1], (width,))
         shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
-    return dict(shapes, cls_token=(1, 1, width), pos_embed=(1, 1 + side * side, width))
+    return shapes
 
 
 def _differences(shapes: Dict[str, tuple], expected: Dict[str, tuple]) -> str:
@@ -238,14 +231,14 @@ def is_sine_cosine(pos_embed: torch.Tensor) -> bool:
     That is zeros for the class token, then sines and cosines of the row and of the column. The
     tolerance of 5e-3 lets bfloat16 pass, and no learned table.
     """
-    side = math.isqrt(max(pos_embed.shape[1] - 1, 0)) if pos_embed.dim() == 3 else 0
-    width = pos_embed.shape[-1] if side else 0
-    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width / 4 or 1))
-    angles = torch.arange(side)[:, None] * frequencies
+    if pos_embed.dim() != 3 or pos_embed.shape[1] < 2:
+        return False
+    side, width = math.isqrt(pos_embed.shape[1] - 1), pos_embed.shape[2]
+    angles = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(width // 4) * 4 / width)
     row, column = angles.repeat_interleave(side, dim=0), angles.repeat(side, 1)
     table = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
     table = torch.cat([torch.zeros(1, table.shape[1]), table])[None]
-    return side > 0 and pos_embed.shape == table.shape and torch.allclose(
+    return pos_embed.shape == table.shape and torch.allclose(
         pos_embed.detach().float(), table, rtol=0, atol=5e-3)
 
 
@@ -259,14 +252,12 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     Raises:
         CheckpointError: it contains no encoder of MoCo v3, or not exactly a ViT's tensors.
     """
-    weights = _state_dict(checkpoint)
+    weights = _tensors_of(checkpoint)
     prefix = _find_prefix(weights)
     encoder = {name[len(prefix):]: tensor for name, tensor in weights.items()
                if name.startswith(prefix) and not name.startswith(prefix + "head.")}
     model = OrderedDict()
     for name, tensor in encoder.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{name} is no tensor but a {type(tensor).__name__}; {WANTED}")
         layer, dot, kind = name.rpartition(".")
         right_name = MISNAMED.get(layer, layer) + dot + kind
         model[name if right_name in encoder else right_name] = tensor.detach()
@@ -281,26 +272,27 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     return model, found + (f", renamed its misnamed {', '.join(renamed)}" if renamed else "")
 
 
-def _state_dict(checkpoint: Any) -> Dict[str, Any]:
+def _tensors_of(checkpoint: Any) -> Dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, without what torch.compile puts into the names."""
     is_dict = isinstance(checkpoint, dict)
     key = next((key for key in ("state_dict", "model") if is_dict and key in checkpoint), None)
     weights = checkpoint[key] if key else checkpoint
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+    if not isinstance(weights, dict):
         raise CheckpointError(f"a {type(weights).__name__} instead of tensors by name; {WANTED}")
     if key == "model" and len(checkpoint) > 1:
         raise CheckpointError("the checkpoint of a fine-tuning run, which needs no conversion; "
                               "pass it to --resume as it is")
-    vit = recognise(weights) if key == "model" else None
+    tensors = [(str(name), tensor) for name, tensor in weights.items() if torch.is_tensor(tensor)]
+    vit = recognise(dict(tensors)) if key == "model" else None
     if vit and not vit.problem and is_sine_cosine(weights["pos_embed"]):
         raise CheckpointError("converted already; pass it to --resume as it is")
-    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
-    if len(plain) < len(weights):
+    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}
+    if len(plain) < len(tensors):
         raise CheckpointError(f"the same names with and without _orig_mod.; {WANTED}")
     return plain
 
 
-def _find_prefix(weights: Dict[str, Any]) -> str:
+def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     """What stands in front of the encoder's names, such as "module.base_encoder."."""
     prefixes = [name[:-len("cls_token")] for name in weights
                 if re.search(r"(^|\.)cls_token$", name) and "momentum_encoder." not in name]
@@ -314,7 +306,7 @@ def _find_prefix(weights: Dict[str, Any]) -> str:
         what = "a ResNet, and DeiT trains vision transformers only" if resnet else "no ViT"
         raise CheckpointError(f"{what} (no base_encoder, no cls_token in it); {WANTED}")
     table = weights.get(prefixes[0] + "pos_embed")
-    if not isinstance(table, torch.Tensor) or not is_sine_cosine(table):
+    if table is None or not is_sine_cosine(table):
         raise CheckpointError("no base_encoder, and a learned position embedding, as supervised "
                               f"models have, instead of MoCo v3's fixed one; {WANTED}")
     return prefixes[0]
@@ -336,23 +328,16 @@ def convert_file(source: str, target: str) -> str:
         model, found = convert(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    size, epoch = save({"model": model}, target), checkpoint.get("epoch", "unknown")
-    return f"{_describe(model, f'epoch {epoch}: {found}')}: {target}, {size / 1e6:.1f} MB"
-
-
-def _describe(model: Dict[str, torch.Tensor], origin: str) -> str:
-    """The architecture, what it fits, and its size."""
-    vit = recognise(model)
-    fit = f"DeiT has no such model (patch size {vit.patch}, {vit.input_size} pixels)."
+    size, vit = save({"model": model}, target), recognise(model)
+    fit = f"No model of DeiT's has this stem or size ({vit.input_size} pixels)."
     if vit.model:
         input_size = "" if vit.input_size == 224 else f" --input-size {vit.input_size}"
-        heads = " (12 heads; DeiT's deit_small_patch16_224 has 6)" if vit.width == 384 else ""
+        heads = " (12 heads; DeiT's deit_small_patch16_224 has 6)" * ("small" in vit.model)
         fit = f"Fits DeiT's --model {vit.model}{input_size}{heads}."
-    stem = " with a convolutional stem" if vit.stem else ""
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     parameters = sum(tensor.numel() for name, tensor in model.items() if not name.endswith(buffers))
-    return (f"{vit.name}{stem} (width {vit.width}, depth {vit.depth}), {origin}\n{fit}\n"
-            f"{len(model)} tensors, {parameters:,} parameters")
+    return (f"{vit.title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}\n{fit}\n"
+            f"{len(model)} tensors, {parameters:,} parameters: {target}, {size / 1e6:.1f} MB")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -367,14 +352,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(convert_file(args.input, args.output))
         return 0
     except OSError as error:
-        message = f"{args.output}: not written: {error.strerror or error}"
+        message, status = f"{args.output}: not written: {error.strerror or error}", 1
     except CheckpointError as error:
-        message = " ".join(str(error).split())
+        message, status = " ".join(str(error).split()), 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        message, status = "interrupted; nothing was written", 130
     print(f"error: {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 if __name__ == "__main__":

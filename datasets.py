@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
-import glob
 import os
 import re
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Set, Tuple
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
@@ -95,16 +95,14 @@ def _cifar(cifar: Any) -> DataSet:
     layout = tuple(f"{cifar.base_folder}/{name}" for name in names)
 
     def build(root, train, transform, download):
-        if download:
-            return cifar(root, train, transform, download=True)
-        for name in layout:
-            os.stat(os.path.join(root, name))  # raises FileNotFoundError
         try:
-            return cifar(root, train, transform)
+            return cifar(root, train, transform, download=download)
         except RuntimeError as error:
+            for name in layout:
+                os.stat(os.path.join(root, name))  # raises FileNotFoundError
             folder = os.path.join(root, cifar.base_folder)
             raise ValueError(f"{folder} contains other files than the official ones (their md5 "
-                             f"differs): delete it, and they are downloaded") from error
+                             "differs): delete it, and they are downloaded") from error
 
     return DataSet(build, layout, cifar.url, {cifar.filename: cifar.tgz_md5}, always_download=True)
 
@@ -123,10 +121,9 @@ def _image_folder(root: str, train: bool, transform: Callable, download: bool) -
     except (FileNotFoundError, RuntimeError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     empty = classes - {dataset.classes[label] for label in dataset.targets}
-    if len(classes) < 2:
-        raise ValueError(f"{folder}: one class alone, {', '.join(classes)}; there must be two")
-    if empty:  # older torchvision takes them
-        raise ValueError(f"{folder}: no images of the classes {', '.join(sorted(empty))}")
+    if empty or len(classes) < 2:  # older torchvision takes an empty one
+        raise ValueError(f"{folder}: there must be images of two classes or more, but " + (
+            f"{', '.join(sorted(empty))} has none" if empty else f"there is only {min(classes)}"))
     return dataset
 
 
@@ -148,7 +145,7 @@ DATA_SETS = {
 
 def _refuse(data_set: DataSet, root: str, missing: str, download: bool) -> None:
     """Raise FileNotFoundError with what to do instead, unless a download is what helps."""
-    advice = _elsewhere(data_set.layout, root, missing)
+    advice = _elsewhere(data_set.layout, Path(root), missing)
     if not (advice or download):
         advice = f"{root} must contain {data_set.expected or ', '.join(data_set.layout)}"
         for name, md5 in data_set.md5.items():
@@ -161,39 +158,30 @@ def _refuse(data_set: DataSet, root: str, missing: str, download: bool) -> None:
         raise FileNotFoundError(f"{missing} is missing; {advice}")
 
 
-def _elsewhere(layout: Tuple[str, ...], root: str, missing: str) -> Optional[str]:
+def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
     """What to pass or move if the data are a level above `root`, up to two below, or misnamed."""
-    if os.path.isfile(root):
+    if root.is_file():
         return f"{root} is a file: pass a folder"
-    above, name = os.path.split(root)
-    below = filter(os.path.isdir, _find(root, "*") + _find(root, "*/*"))
-    folders = [root, above, *_find(above, _loose(glob.escape(name))), *below]
-    complete = [folder for folder in folders if all(_find(folder, path) for path in layout)]
-    if complete and root not in complete:
-        return f"it is in {complete[0]}: pass --data-path {complete[0]}"
+    absent = [pattern for pattern in layout if not any(root.glob(pattern))]
+    here = [root, *filter(Path.is_dir, sorted([*root.glob("*"), *root.glob("*/*")]))]
+    above = [root.parent, *sorted(root.parent.glob(_loose(root.name)))]
+    for folder in here + above if absent else ():
+        if all(any(folder.glob(pattern)) for pattern in layout):
+            return f"it is in {folder}: pass --data-path {folder}"
     changes = []
-    absent = [pattern for pattern in layout if not _find(root, pattern)]
-    for pattern in absent or [glob.escape(os.path.relpath(missing, root))]:
-        places = [path for folder in folders for path in _find(folder, _loose(pattern))]
-        # Another process that downloads may have put it in place by now.
-        if not places or _find(root, pattern):
-            return None
-        place = places[0]
-        if "*" in pattern:
-            place = os.path.join(os.path.dirname(place), "*" + os.path.splitext(place)[1])
-        changes.append(f"{place} to {os.path.join(root, pattern)}")
+    for pattern in absent or [str(Path(missing).relative_to(root))]:
+        places = sorted(path for folder in here for path in folder.glob(_loose(pattern)))
+        if not places or (root / pattern).exists():  # by now, by another process that downloads
+            return ""
+        place = places[0].with_name("*" + places[0].suffix) if "*" in pattern else places[0]
+        changes.append(f"{place} to {root / pattern}")
     return f"move or rename {', '.join(changes)}"
-
-
-def _find(folder: str, pattern: str) -> List[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
 
 
 def _loose(pattern: str) -> str:
     """The pattern for upper and lower case, and for .jpg also another ending of images."""
-    stem, ending = os.path.splitext(pattern)
-    if ending == ".jpg":
-        return _loose(stem) + ".[jJpPwW]*"
+    if pattern.endswith(".jpg"):
+        return _loose(pattern[:-len(".jpg")]) + ".[jJpPwW]*"
     return re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
 
 
@@ -205,7 +193,7 @@ def _download(data_set: DataSet, root: str, build: Callable) -> Any:
         except ValueError:  # of a file that is there
             raise
         except Exception as error:  # urllib and tarfile raise all sorts
-            raise OSError(f"cannot download from {data_set.url}: {error}; launch again, or put "
+            raise OSError(f"cannot download {data_set.url}: {error}; launch again, or put "
                           f"{', '.join(data_set.md5)} into {root} by hand before") from error
 
 

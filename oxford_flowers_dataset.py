@@ -20,7 +20,7 @@ class Flowers(VisionDataset):
     Args:
         root: folder with `jpg/image_00001.jpg` and so on, `imagelabels.mat` and `setid.mat`.
         train: the train images, or else the test images.
-        transform, target_transform: applied to the image, to the label.
+        transform: applied to the image.
         download: download what is missing (345 MB in all).
 
     Raises FileNotFoundError for a file or listed image that is missing, ValueError for a .mat file
@@ -36,8 +36,8 @@ class Flowers(VisionDataset):
     classes = [str(number) for number in range(1, 103)]  # the data set has no names for them
 
     def __init__(self, root: str, train: bool = True, transform: Optional[Callable] = None,
-                 target_transform: Optional[Callable] = None, download: bool = False) -> None:
-        super().__init__(root, transform=transform, target_transform=target_transform)
+                 download: bool = False) -> None:
+        super().__init__(root, transform=transform)
         self.train = train
         if download:
             self._download()
@@ -51,12 +51,8 @@ class Flowers(VisionDataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        image, target = read_image(self.paths[index]), self.targets[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        image = read_image(self.paths[index])
+        return self.transform(image) if self.transform else image, self.targets[index]
 
     def _find_images(self) -> Tuple[List[str], List[int]]:
         """Path and label of each image, which must be there; numbers in the files start at 1."""

@@ -19,7 +19,7 @@ class Pets(VisionDataset):
     Args:
         root: folder with `images/`, `annotations/trainval.txt` and `annotations/test.txt`.
         train: the train images, or else the test images.
-        transform, target_transform: applied to the image, to the label.
+        transform: applied to the image.
         download: download what is missing (811 MB in all).
 
     Raises FileNotFoundError for a list or listed image that is missing, ValueError for a malformed
@@ -34,8 +34,8 @@ class Pets(VisionDataset):
     classes = [str(number) for number in range(1, 38)]  # the lists have numbers, not names
 
     def __init__(self, root: str, train: bool = True, transform: Optional[Callable] = None,
-                 target_transform: Optional[Callable] = None, download: bool = False) -> None:
-        super().__init__(root, transform=transform, target_transform=target_transform)
+                 download: bool = False) -> None:
+        super().__init__(root, transform=transform)
         self.list = os.path.join(self.root, "annotations", "trainval.txt" if train else "test.txt")
         if download:
             self._download()
@@ -49,12 +49,8 @@ class Pets(VisionDataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        image, target = read_image(self.paths[index]), self.targets[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        image = read_image(self.paths[index])
+        return self.transform(image) if self.transform else image, self.targets[index]
 
     def _find_images(self) -> Tuple[List[str], List[int]]:
         """Path and label of each image, which must be there, from lines of name, class and more."""

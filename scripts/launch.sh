@@ -10,14 +10,10 @@ usage: scripts/{cifar10,cifar100,flowers,pets}.sh --resume CONVERTED --data-path
                                                   --output_dir FOLDER [any flag of DeiT's]
 
 Fine-tunes a converted MoCo v3 checkpoint with DeiT by the published recipe, which your own flags
-override. The same command again continues a run that was stopped. Besides DeiT's flags:
+override. The same command again continues a run that was stopped.
 
-  --accum-iter N     batches per process for one optimizer step (1)
-  --eval-freq N, --save-freq N
-                     evaluate, and write checkpoint.pth, every N epochs and after the last
-  --data-set folder  your own images, in train/CLASS/ and val/CLASS/ of --data-path
-  --download         download Flowers or Pets where absent (CIFAR always is)
-  --overwrite        start anew in an --output_dir that contains a run, deleting that run
+  --accum-iter N     for fewer GPUs: batches per process for one optimizer step
+  --data-set folder  for your own images, in train/CLASS/ and val/CLASS/ of --data-path
   --check            check what a launch needs, and every image; train nothing
   --dry-run          print the complete command and stop
   --all-flags        list every flag, DeiT's and ours
@@ -37,14 +33,12 @@ python=${PYTHON:-python3}
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
 export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1}
 for number in NPROC_PER_NODE NNODES; do
-    [[ ${!number} =~ ^[1-9][0-9]*$ ]] \
-        || refuse "$number=${!number}: must be a whole number, 1 or more"
+    [[ ${!number} =~ ^[1-9][0-9]*$ ]] || refuse "$number=${!number}: must be a whole number, 1 or more"
 done
 launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
 if [[ $NNODES != 1 ]]; then # what else a machine's environment says of other machines is not ours
-    if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((NODE_RANK >= NNODES)); then
-        refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
-    fi
+    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((10#$NODE_RANK < NNODES)) \
+        || refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
     [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
     launcher+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
         --master_port "${MASTER_PORT:-29500}")

@@ -7,7 +7,6 @@ The table needs nothing but Python. The picture needs matplotlib: report.png goe
 folder and, for several runs, comparison.png into --output.
 """
 import argparse
-import io
 import json
 import math
 import sys
@@ -28,8 +27,7 @@ PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss
           "train_lr": "Learning rate"}
 STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left",
-         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12}
+         "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left"}
 # By Okabe and Ito, for colour-blind readers too; their yellow and black are left out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -45,10 +43,8 @@ class Run:
         self.folder, self.name = folder, str(folder if folder.name else folder.resolve())
         self.rows, self.notes = [], []
         self.data_set, self.planned, self.differs, self.images = "-", None, None, None
-        log, about = folder / "log.txt", folder / "run.json"
-        if log.exists() or not about.exists():  # there is no log.txt before the first epoch's end
-            self._read_log(log.read_bytes().splitlines())
-        self._read_settings(about)
+        self._read_log((folder / "log.txt").read_bytes().splitlines())
+        self._read_settings(folder / "run.json")
         self.published, *whole = PUBLISHED.get(self.data_set, (None,))
         self.comparable = bool(whole) and self.differs == [] and self.images == whole
         if self.differs:
@@ -109,18 +105,20 @@ def table(runs: List[Run]) -> str:
                                in zip(row, sides, widths)) for row in rows)
 
 
-def draw(runs: List[Run]) -> bytes:
-    """PNG with the curves of one or several runs. Raises ImportError without matplotlib."""
+def draw(runs: List[Run], path: Path) -> None:
+    """Write a PNG with the curves of one or several runs. Raises ImportError, OSError."""
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    first, *others = PANELS
     with style.context(STYLE, after_reset=True):
-        figure, png = Figure(), io.BytesIO()
-        first, *others = PANELS
+        figure = Figure()
         panels = figure.subplot_mosaic([[first, other] for other in others],
                                        gridspec_kw={"width_ratios": (1.8, 1)})
-        figure.suptitle(title(runs))  # after the panels, or matplotlib 3.3 leaves no room for it
+        _, data_set, epochs, *_ = runs[0].cells()
+        figure.suptitle(f"{len(runs)} runs" if len(runs) > 1 else
+                        f"data set: {data_set}, epochs: {epochs}")
         for key, panel in panels.items():
             for index, run in enumerate(runs):
                 epochs, values = run.curve(key)
@@ -130,35 +128,13 @@ def draw(runs: List[Run]) -> bytes:
                            color=COLOURS[index % 6], linestyle=("-", ":", "-.")[index // 6 % 3])
             panel.set(title=PANELS[key], xlabel="epoch")
             panel.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-        published = {(run.data_set, run.published) for run in runs if run.comparable}
-        for data_set, accuracy in sorted(published):
+        for data_set, accuracy in sorted({(run.data_set, run.published) for run in runs
+                                          if run.comparable}):
             panels[first].axhline(accuracy, color="#555555", linestyle="--",
                                   label=f"published for {data_set}: {accuracy} %")
         panels[first].legend()
-        figure.savefig(png, format="png")
-    return png.getvalue()
-
-
-def title(runs: List[Run]) -> str:
-    """What the picture shows."""
-    if len(runs) > 1:
-        return f"{len(runs)} runs"
-    _, data_set, epochs, *_ = runs[0].cells()
-    differs = ", settings differ from the published recipe" if runs[0].differs else ""
-    return f"data set: {data_set}, epochs: {epochs}{differs}"
-
-
-def draw_all(runs: List[Run], output: Path) -> None:
-    """A picture of each run, and one of all that can be compared."""
-    pictures = [(runs, output / "comparison.png")] if len(runs) > 1 else []
-    for shown, path in pictures + [([run], run.folder / "report.png") for run in runs]:
-        png = draw(shown)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png)
-        except OSError as error:
-            sys.exit(f"error: cannot write {path}: {error.strerror}")
-        print(f"picture: {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(str(path))
 
 
 def main() -> None:
@@ -179,10 +155,17 @@ def main() -> None:
         sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(skipped)}")
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     print(table(runs), LEGEND, *notes, *skipped, sep="\n", flush=True)
-    try:
-        draw_all([run for run in runs if run.rows], args.output)
-    except ImportError as error:
-        print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
+    drawn = [run for run in runs if run.rows]
+    pictures = [(drawn, args.output / "comparison.png")] if len(drawn) > 1 else []
+    for shown, path in pictures + [([run], run.folder / "report.png") for run in drawn]:
+        try:
+            draw(shown, path)
+            print(f"picture: {path}")
+        except OSError as error:
+            sys.exit(f"error: cannot write {path}: {error.strerror or error}")
+        except ImportError as error:
+            print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
+            break
 
 
 if __name__ == "__main__":

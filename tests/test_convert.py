@@ -77,7 +77,7 @@ def test_moco_checkpoint_is_converted_bit_for_bit(tmp_path, capfd, prefix, zippe
     status, output = run(tmp_path, content, _use_new_zipfile_serialization=zipped)
     out, err = capfd.readouterr()
     assert (status, err) == (0, "")
-    assert "epoch 300" in out and "30 tensors" in out and "no such model" in out
+    assert "epoch 300" in out and "30 tensors" in out and "No model" in out
     start = prefix + "base_encoder."
     assert_same({name[len(start):]: tensor for name, tensor in content["state_dict"].items()
                  if name.startswith(start) and not name.startswith(start + "head.")}, output)
@@ -131,7 +131,7 @@ def test_misnamed_layers_of_vit_large_are_renamed(tmp_path, capfd):
     (768, 12, {}, "deit_base_patch16_224", "ViT-Base"),
     (1024, 24, {}, "vit_large_patch16_224", "ViT-Large"),
     (768, 12, {"pos_embed": (1, 577, 768)}, "deit_base_patch16_224", "input_size=384"),
-    (768, 12, {"patch_embed.proj.weight": (768, 3, 32, 32)}, None, "patch=32"),
+    (768, 12, {"patch_embed.proj.weight": (768, 3, 32, 32)}, None, "input_size=448"),
     (768, 12, {"norm.bias": (767,)}, None, "norm.bias is (767,)"),
     (768, 12, {"pos_embed": (1, 198, 768)}, None, "pos_embed is (1, 198, 768)"),
     (768, 12, {"extra": (1,)}, None, "extra"),

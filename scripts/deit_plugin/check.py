@@ -2,7 +2,7 @@
 import sys
 
 import torch
-from torch.hub import tqdm
+from torch.hub import tqdm  # or a stand-in where it is not installed
 
 from . import options
 from .errors import REFUSED, UserError, die_with_parent, one_line
@@ -35,11 +35,9 @@ def report(main, args):
     start = ask("start", folder.find_start, args)
     run = Run(main, args, folder, start)
     if ask("data", _build_datasets, run):
-        if start:
-            ask("model", _model, run)
+        if start and ask("model", _model, run) and not args.eval:
+            print("\n".join(run.plan()))
         ask("images", decode, [dataset for dataset, _ in run.datasets.values()], args.num_workers)
-        if not args.eval:
-            print("\n".join(run.how()))
     if problems:
         print(f"not ready: {options.count(len(problems), 'problem')}")
         sys.exit(REFUSED)
@@ -62,13 +60,13 @@ def _model(run):
 def decode(datasets, num_workers):
     """Decode every image, in data workers; raises UserError listing the broken ones."""
     images = torch.utils.data.ConcatDataset([_Decoding(dataset) for dataset in datasets])
-    loader = torch.utils.data.DataLoader(images, batch_size=16, collate_fn=list,
-                                         num_workers=num_workers, worker_init_fn=die_with_parent)
+    loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=num_workers,
+                                         worker_init_fn=die_with_parent)
     broken = []
     with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for errors in loader:
-            broken += filter(None, errors)
-            bar.update(len(errors))
+        for error in loader:
+            broken += [error] * bool(error)
+            bar.update(1)
     if not broken:
         return f"all {len(images)} can be decoded"
     more = [f"and {len(broken) - BROKEN_SHOWN} more"] if len(broken) > BROKEN_SHOWN else []
@@ -89,6 +87,6 @@ class _Decoding(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             self.dataset[index]
-            return ""
         except Exception as error:  # whatever it is, the image cannot be trained on
             return one_line(error)
+        return ""

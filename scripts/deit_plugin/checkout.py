@@ -10,13 +10,28 @@ from .errors import UserError, one_line
 BUNDLE = Path(__file__).resolve().parent.parent.parent
 CLONE = "git clone https://github.com/facebookresearch/deit"
 
-# What is patched in DeiT: every commit from 1d38fa4 (December 2020) to 7e160fe (HEAD) has these.
-PATCHED = {
-    "main": ("get_args_parser", "main", "build_dataset", "create_model", "create_optimizer",
-             "create_scheduler", "get_state_dict", "train_one_epoch", "evaluate", "utils"),
-    "utils": ("save_on_master", "init_distributed_mode", "setup_for_distributed", "SmoothedValue",
-              "MetricLogger"),
-}
+
+def import_main():
+    """DeiT's ``main`` module with our ``datasets``, patched for newer versions of torch and timm.
+
+    Raises UserError if there is no DeiT, if a module of DeiT's or ours cannot be imported, or if
+    another took the name ``datasets``.
+    """
+    folder = find()
+    versions.check_numpy()
+    versions.quieten_age()
+    versions.restore_pil_interp()
+    sys.path.insert(0, str(BUNDLE))
+    _import("convert_to_deit", f"the bundle in {BUNDLE}")
+    datasets = _import("datasets", f"the bundle in {BUNDLE}")
+    if not hasattr(datasets, "DATA_SETS"):
+        raise UserError(f"datasets was imported from {datasets.__file__}, which is not the "
+                        "bundle's: copy the bundle's datasets.py over DeiT's, or use the bundle "
+                        "from its own folder with DEIT_DIR; and unset PYTHONPATH")
+    sys.path.insert(0, str(folder))
+    main = _import("main", f"DeiT in {folder}")
+    versions.skip_pretrained_cfg(main)
+    return main
 
 
 def find():
@@ -35,34 +50,11 @@ def find():
                     f"{CLONE} && export DEIT_DIR=$PWD/deit")
 
 
-def import_main(folder):
-    """Import DeiT's ``main`` with our ``datasets``; return the module.
-
-    Raises UserError if a module of DeiT's or ours cannot be imported, if another took the name
-    ``datasets``, or if something to patch is not there.
-    """
-    sys.path.insert(0, str(BUNDLE))
-    _import("convert_to_deit", f"the bundle in {BUNDLE}")
-    datasets = _import("datasets", f"the bundle in {BUNDLE}")
-    if not hasattr(datasets, "DATA_SETS"):
-        raise UserError(f"datasets was imported from {datasets.__file__}, which is not the "
-                        "bundle's: copy the bundle's datasets.py over DeiT's, or use the bundle "
-                        "from its own folder with DEIT_DIR; and unset PYTHONPATH")
-    sys.path.insert(0, str(folder))
-    main = _import("main", f"DeiT in {folder}")
-    for module, names in PATCHED.items():
-        owner = main if module == "main" else getattr(main, module)
-        missing = [name for name in names if not hasattr(owner, name)]
-        if missing:
-            raise UserError(f"DeiT in {folder} has no {module}.{missing[0]}: its commits from "
-                            "1d38fa4 (December 2020) to 7e160fe (March 2024) are known to work")
-    return main
-
-
 def _import(name, whose):
     try:
         return importlib.import_module(name)
     except Exception as error:  # versions that do not fit can make it raise anything
         raise UserError(f"cannot import {name} of {whose} with {versions.found()}: "
-                        f"{type(error).__name__}: {one_line(error)} (README.md has the versions "
-                        "that work)") from error
+                        f"{type(error).__name__}: {one_line(error)}; README.md has the versions "
+                        f"that work, and {sys.executable} -m pip install -r requirements.txt "
+                        "installs them") from error

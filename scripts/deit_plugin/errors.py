@@ -29,12 +29,11 @@ def guard(run):
     except KeyboardInterrupt:
         _end(130)
     except SystemExit as stop:
-        if stop.code == 1:  # DeiT has no other reason, at any commit
-            _fail("error: the loss is not finite, so DeiT stopped: pass a smaller --lr, and look "
-                  "at the data with --check", 1)
         _end(stop.code or 0)
     except UserError as error:
         _fail(f"error: {error}", error.status)
+    except ImportError as error:
+        _fail(f"error: {error}: {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except BaseException as error:  # the last resort, whatever it is
         line = _known_cause(error)
         _fail(f"error: {line}" if line else traceback.format_exc(), 1, may_be_lost_peer=not line)
@@ -65,16 +64,15 @@ def one_line(error):
 
 def _known_cause(error):
     """The line for errors that name their cause; None for all others."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    if isinstance(error, RuntimeError) and "out of memory" in lines[0]:
-        return f"{lines[0]}: pass a smaller --batch-size, and --accum-iter to make up for it"
-    is_of_worker = isinstance(error, RuntimeError) and "DataLoader worker" in lines[-1]
+    first, *_, last = (str(error).strip() or repr(error)).splitlines() * 2
+    if isinstance(error, RuntimeError) and "out of memory" in first:
+        return f"{first}: pass a smaller --batch-size, and --accum-iter to make up for it"
+    is_of_worker = isinstance(error, RuntimeError) and "DataLoader worker" in last
     if is_of_worker or isinstance(error, ConnectionError):  # the pipe to a worker that was killed
-        return (f"{lines[-1]}: was a DataLoader worker killed, out of memory? Pass fewer "
+        return (f"{last}: was a DataLoader worker killed, out of memory? Pass fewer "
                 "--num_workers; in a container, enlarge /dev/shm")
-    if isinstance(error, OSError):
-        disk_full = "disk full: " if error.errno == errno.ENOSPC else ""
-        return disk_full + lines[-1]  # a data worker's arrives with its whole traceback
+    if isinstance(error, OSError):  # a data worker's arrives with its whole traceback
+        return ("disk full: " if error.errno == errno.ENOSPC else "") + last
     return None
 
 
@@ -92,8 +90,8 @@ def _is_first_to_fail():
         open(os.environ[FIRST_FAILURE], "x").close()
     except FileExistsError:
         return False
-    except (KeyError, OSError):  # no launcher; it is gone, and its folder with it
-        return True
+    except (KeyError, OSError):  # no launcher; or it is gone, and its folder with it
+        pass
     return True
 
 

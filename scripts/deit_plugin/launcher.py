@@ -17,12 +17,7 @@ from deit_plugin import errors  # noqa: E402
 
 def main():
     """Run torch's launcher on this script's arguments; exit as the first process that failed."""
-    if importlib.util.find_spec("torch") is None:
-        raise errors.UserError(f"torch is not installed for {sys.executable}: pip install torch "
-                               "torchvision timm scipy Pillow")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++, waiting for other machines, heeds no other
-    if os.environ.get("NPROC_PER_NODE") != "1":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's default too, but it warns of it
     os.environ[errors.LAUNCHER] = str(os.getpid())
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)

@@ -50,7 +50,7 @@ def parse(main, data_sets, arguments):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.pretrained, args.resume = args.resume, ""
     args.dist_eval = False  # DeiT warns that it counts images twice; here none is
-    _check(args)
+    _refuse_what_cannot_work(args)
     args.settings = _settings(args, processes_of(args))
     args.differs = ["no recipe of scripts/"]
     if YOUR_FLAGS in arguments:
@@ -69,22 +69,19 @@ def _parser(main, data_sets):
                     conflict_handler="resolve", description="Fine-tune with DeiT's own trainer.")
     parser.set_defaults(data_path="", num_workers=_sensible_workers())
     parser.add_argument("--data-set", choices=sorted(data_sets), required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--sched", choices=("cosine", "tanh", "step"), default="cosine")
-    parser.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
+    for name, choices in (("--device", ("cuda", "cpu")), ("--sched", ("cosine", "tanh", "step")),
+                          ("--remode", ("pixel", "rand", "const"))):
+        parser.add_argument(name, choices=choices, default=choices[0])
     ours = parser.add_argument_group("added by this bundle")
-    ours.add_argument("--accum-iter", type=int, default=1, metavar="N",
-                      help="batches of each process for one optimizer step (default: 1)")
-    ours.add_argument("--eval-freq", type=int, default=1, metavar="N",
-                      help="evaluate every N epochs and after the last (default: 1)")
-    ours.add_argument("--save-freq", type=int, default=1, metavar="N",
-                      help="write checkpoint.pth every N epochs and after the last (default: 1)")
-    ours.add_argument("--overwrite", action="store_true",
-                      help="start anew in an --output_dir that contains a run, deleting that run")
-    ours.add_argument("--download", action="store_true",
-                      help="download Flowers or Pets where absent (CIFAR always is)")
-    ours.add_argument("--check", action="store_true",
-                      help="check what a launch needs, and every image; train nothing")
+    for name, text in (("--accum-iter", "take N batches per process for one optimizer step"),
+                       ("--eval-freq", "evaluate every N epochs and after the last"),
+                       ("--save-freq", "write checkpoint.pth every N epochs and after the last")):
+        ours.add_argument(name, type=int, default=1, metavar="N", help=text + " (default: 1)")
+    for name, text in (
+            ("--overwrite", "start anew in an --output_dir that contains a run, deleting that run"),
+            ("--download", "download Flowers or Pets where absent (CIFAR always is)"),
+            ("--check", "check what a launch needs, and every image; train nothing")):
+        ours.add_argument(name, action="store_true", help=text)
     return parser
 
 
@@ -106,7 +103,7 @@ def processes_of(args):
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
-def _check(args):
+def _refuse_what_cannot_work(args):
     """Raise UserError for what DeiT, timm or torch would quietly misuse or end in a traceback."""
     for name, least in (("eval_freq", 1), ("save_freq", 1), ("accum_iter", 1), ("epochs", 1),
                         ("batch_size", 1), ("input_size", 16), ("num_workers", 0), ("seed", 0)):

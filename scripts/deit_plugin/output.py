@@ -14,7 +14,7 @@ from typing import NamedTuple
 import convert_to_deit
 
 from . import options, weights
-from .errors import UserError
+from .errors import REFUSED, UserError
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 
@@ -44,6 +44,7 @@ class RunFolder:
         """
         if not self.writes:
             return
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
@@ -53,7 +54,6 @@ class RunFolder:
             raise UserError(f"--output_dir {self.path} is being written by another run: wait for "
                             "it, stop it, or pass another folder") from None
         except OSError as error:
-            self.check()
             warnings.warn(f"--output_dir {self.path} cannot be locked ({error.strerror}): see to "
                           "it that no other run writes there", stacklevel=1)
 
@@ -70,33 +70,35 @@ class RunFolder:
     def _has_run(self):
         return self.named and (self.path / "checkpoint.pth").exists()
 
+    def contains(self, path):
+        """Whether ``path`` is a file of the run in this folder."""
+        path = Path(path).resolve()
+        return self.named and path.parent == self.path.resolve() and path.name in RUN_FILES
+
     def find_start(self, args):
         """Continue what is here, or else start from ``--resume``. Raises UserError."""
         if args.overwrite and self.contains(args.pretrained):
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")
-        path = args.pretrained
-        goes_on = self._has_run() and not (args.eval or args.overwrite)
-        if goes_on:
-            path = str(self.path / "checkpoint.pth")
+        path, advice = args.pretrained, ""
+        if self._has_run() and not (args.eval or args.overwrite):
+            path, advice = str(self.path / "checkpoint.pth"), "; or --overwrite to start anew"
         if not path:
             raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under "
                             "--eval a checkpoint of a run")
         try:
             state = weights.read(path)
         except UserError as error:
-            advice = "; or pass --overwrite to start anew" if goes_on else ""
             raise UserError(f"{error}{advice}") from None
         if args.eval or "optimizer" not in state or "epoch" not in state:
             return Start(state, path, 0, continues=False)
+        epoch = state["epoch"] + 1
         if self.contains(path):
             self._check_settings(args, path, state)
-        return Start(state, path, state["epoch"] + 1, continues=True)
-
-    def contains(self, path):
-        """Whether ``path`` is a file of the run in this folder."""
-        path = Path(path).resolve()
-        return self.named and path.parent == self.path.resolve() and path.name in RUN_FILES
+        elif epoch >= args.epochs:
+            raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
+                            "go on from it")
+        return Start(state, path, epoch, continues=True)
 
     def _check_settings(self, args, path, state):
         before = dict(state.get("settings", {}))  # plain DeiT notes none
@@ -107,25 +109,27 @@ class RunFolder:
             raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}; pass "
                             "another --output_dir, or --overwrite to delete that run")
 
-    def begin(self, epochs, overwrite):
-        """Clear what a crash left, and keep of ``log.txt`` the lines of the first ``epochs``.
+    def begin(self, epochs, overwrite, facts):
+        """Clear what a crash left, keep of ``log.txt`` the first ``epochs``, note ``facts``.
 
         With ``overwrite`` no file of an earlier run stays. A log that has lost its checkpoint may
-        be all that is left of a run: it is kept as log.txt.old.
+        be all that is left of a run: it is kept as log.txt.old. ``facts`` go into run.json: what
+        report.py is to know and log.txt does not tell.
         """
         if not self.writes:
             return
-        for left_over in self.path.glob(".*.tmp"):
-            left_over.unlink()
-        for name in RUN_FILES if overwrite else ():
+        names = RUN_FILES if overwrite else ()
+        for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
             with contextlib.suppress(FileNotFoundError):
-                (self.path / name).unlink()
-        log = self.path / "log.txt"
-        if log.exists() and epochs == 0:
-            os.replace(log, self.path / "log.txt.old")
-        elif log.exists():
-            kept = [json.dumps(row) + "\n" for row in self.rows() if row["epoch"] < epochs]
-            self._write("log.txt", "".join(kept))
+                left_over.unlink()
+        rows = self.rows()
+        if rows and epochs == 0:
+            os.replace(self.path / "log.txt", self.path / "log.txt.old")
+        kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < epochs]
+        for name, text in (("log.txt", "".join(kept)), ("run.json", json.dumps(facts, indent=1))):
+            path = self.path / name
+            with _explained(path, REFUSED), convert_to_deit.whole_file(str(path)) as file:
+                file.write(text.encode())
 
     def rows(self):
         """The epochs in log.txt, each a dict; half a line, left by a crash, is none."""
@@ -140,19 +144,18 @@ class RunFolder:
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
         if not self.writes:
             return
-        try:
+        with _explained(self.path / name, status=1):
             with open(self.path / "log.txt", "rb") as log:
                 os.fsync(log.fileno())
             convert_to_deit.save(state, str(self.path / name))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path / name}: {error.strerror or error}; the last "
-                            "whole one is kept: make room and launch again", status=1) from error
 
-    def describe(self, facts):
-        """Write run.json: what report.py is to know and log.txt does not tell."""
-        if self.writes:
-            self._write("run.json", json.dumps(facts, indent=1))
 
-    def _write(self, name, text):
-        with convert_to_deit.whole_file(str(self.path / name)) as file:
-            file.write(text.encode())
+@contextlib.contextmanager
+def _explained(path, status):
+    """Say in one line why a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        kept = ", the last whole one is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}: make room and "
+                        "launch again", status) from error

@@ -14,6 +14,7 @@ from .accumulation import Accumulation, RanksInTurn
 from .errors import UserError, one_line
 from .evaluation import NotEvaluated, evaluate
 from .loaders import PersistentLoaders, steps_per_epoch
+from .options import count
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
              "get_state_dict", "print")
@@ -40,11 +41,20 @@ class Run:
         self.best = None  # the row of log.txt with the best accuracy
         self.began = None
 
-    def stand_in(self):
-        """Put this run's methods in the place of DeiT's functions."""
+    def train(self):
+        """Run DeiT's ``main`` with this run's methods in the place of its functions."""
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
         self.main.utils.save_on_master = self.save_on_master
+        self.args.start_epoch = self.start.epoch
+        try:
+            self.main.main(self.args)
+        except SystemExit as stop:
+            if stop.code != 1:  # which DeiT has one reason for, at any commit
+                raise
+            raise UserError("the loss is not finite, so DeiT stopped: pass a smaller --lr, and "
+                            "look at the data with --check", status=1) from stop
+        self._finish()
 
     # What DeiT calls, in its order
 
@@ -64,14 +74,7 @@ class Run:
 
         All commits load ``--resume`` after that copy, which then averages from random weights.
         """
-        its_model = self.start.state.get("settings", {}).get("model", name)
-        if its_model != name:  # they may differ in no shape, as in the number of heads
-            raise UserError(f"{self.start.path} is of a run with --model {its_model}: pass that")
-        classes = self.datasets[True][0].classes
-        before = self.start.state.get("classes", classes)  # only a run's own checkpoint tells them
-        if before != classes:
-            raise UserError(f"{self.start.path} is of a run on other classes, "
-                            f"{', '.join(before):.80}, than --data-path {self.args.data_path} has")
+        self._check_origin(name)
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
@@ -97,13 +100,11 @@ class Run:
         if self.epoch is None:
             self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
         else:
-            self.commit()
-        self.epoch, self.loss_scaler = epoch, loss_scaler
-        began = time.monotonic()
-        if self.args.accum_iter > 1:
-            self.sampler.set_epoch(epoch)  # on one process, HEAD does not
+            self._commit()
+        self.epoch, self.loss_scaler, began = epoch, loss_scaler, time.monotonic()
         loader = self.loaders.training(data_loader, self.sampler or data_loader.sampler)
-        if self.args.accum_iter > 1:
+        if self.sampler:
+            self.sampler.set_epoch(epoch)  # on one process, HEAD does not
             loader = Accumulation(loader, model, self.args.accum_iter)
             optimizer, model_ema = loader.optimizer(optimizer), loader.model_ema(model_ema)
             loss_scaler = loader.loss_scaler(loss_scaler)
@@ -113,7 +114,7 @@ class Run:
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
 
     def save_on_master(self, state, path):
-        """Keep the state until the epoch's line is in log.txt; ``commit`` writes it.
+        """Keep the state until the epoch's line is in log.txt; ``_commit`` writes it.
 
         DeiT HEAD's own calls for ``best_checkpoint.pth`` know only the epochs of this launch.
         """
@@ -134,7 +135,8 @@ class Run:
         stats = evaluate(model, loader, device)
         accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
         if self.epoch is None:
-            self.print(f"{self.start.path}: {accuracy} on {len(data_loader.dataset)} images")
+            images = count(len(data_loader.dataset), "image")
+            self.print(f"{self.start.path}: {accuracy} on {images}")
             return stats
         if self.best is None or stats["acc1"] > self.best["test_acc1"]:
             self.best = {"epoch": self.epoch, "test_acc1": stats["acc1"]}
@@ -153,45 +155,49 @@ class Run:
             self._check_same_start(device)
         if self.args.accum_iter > 1:
             self.sampler = RanksInTurn(data_loader, self.rank, self.processes, self.args.accum_iter)
+        (train, _), (test, _) = self.datasets[True], self.datasets[False]
+        self.folder.begin(self.start.epoch, self.args.overwrite, {
+            "settings": self.args.settings, "differs": self.args.differs,
+            "train_images": len(train), "test_images": len(test), "classes": train.classes})
         if self.start.continues:
             self._restore(optimizer, loss_scaler, model_ema)
-            evaluated = [row for row in self.folder.rows() if "test_acc1" in row]
-            self.best = max(evaluated, key=lambda row: row["test_acc1"], default=None)
-        dataset, _ = self.datasets[True]
-        self.folder.describe({
-            "settings": self.args.settings, "differs": self.args.differs,
-            "train_images": len(dataset), "test_images": len(self.datasets[False][0]),
-            "classes": dataset.classes})
-        self.print("\n".join(self.what() + self.how()), flush=True)
+        self.print("\n".join(self.plan()), flush=True)
         self.start.state.clear()  # its memory is not needed any more
         self.began = time.monotonic()
 
-    def what(self):
-        """What is trained from what, in lines."""
+    def plan(self):
+        """What is trained from what and how, in lines."""
         args, (train, classes), (test, _) = self.args, self.datasets[True], self.datasets[False]
-        start = self.start.path
+        start, rate = self.start.path, f"{args.settings['lr']:g}"
         if self.start.continues:
             start += f", continued: epoch {self.start.epoch + 1} of {args.epochs} comes next"
         elif self.headless:
             start += " (the classifier head is new)"
-        return [f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} "
-                f"test images, {classes} classes",
-                f"  start: {start}", f"  output: {args.output_dir}"]
+        if not getattr(args, "unscale_lr", False):
+            size = args.settings["effective_batch_size"]
+            rate += f" x {size} / 512 = {args.settings['lr'] * size / 512:g}"
+        return [
+            f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} test "
+            f"images, {count(classes, 'class')}",
+            f"  start: {start}", f"  output: {args.output_dir}",
+            f"  effective batch size: {options.batch_size_in_words(args)}; "
+            f"{count(steps_per_epoch(len(train), args, self.processes), 'step')} per epoch",
+            f"  learning rate: {rate}",
+            f"  evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
+            f"{count(args.save_freq, 'epoch')}, both after the last",
+            "  settings that differ from the published recipe: "
+            + (", ".join(args.differs) or "none")]
 
-    def how(self):
-        """How it is trained, in lines."""
-        args, (train, _) = self.args, self.datasets[True]
-        steps = steps_per_epoch(len(train), args, self.processes)
-        given, size = args.settings["lr"], args.settings["effective_batch_size"]
-        is_scaled = not getattr(args, "unscale_lr", False)
-        return [f"  effective batch size: {options.batch_size_in_words(args)}; "
-                f"{options.count(steps, 'step')} per epoch",
-                f"  learning rate: {given:g}" + (
-                    f" x {size} / 512 = {given * size / 512:g}" if is_scaled else ""),
-                f"  evaluation every {options.count(args.eval_freq, 'epoch')}, checkpoint.pth "
-                f"every {options.count(args.save_freq, 'epoch')}, both after the last",
-                "  settings that differ from the published recipe: "
-                + (", ".join(args.differs) or "none")]
+    def _check_origin(self, model):
+        """A run's own checkpoint tells what no shape does: classes, and the model with its heads"""
+        state, path, classes = self.start.state, self.start.path, self.datasets[True][0].classes
+        its_model = state.get("settings", {}).get("model", model)
+        if its_model != model:
+            raise UserError(f"{path} is of a run with --model {its_model}: pass that")
+        its_classes = state.get("classes", classes)
+        if its_classes != classes:
+            raise UserError(f"{path} is of a run on other classes, {', '.join(its_classes):.80}: "
+                            f"--data-path {self.args.data_path} must have the same")
 
     def _check_same_start(self, device):
         """Machines that do not share a folder would continue from different epochs."""
@@ -221,15 +227,18 @@ class Run:
         seed = self.args.seed + self.rank + self.processes * self.start.epoch
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
+        evaluated = [row for row in self.folder.rows() if "test_acc1" in row]
+        self.best = max(evaluated, key=lambda row: row["test_acc1"], default=None)
 
     def _say_progress(self, accuracy=""):
         done, epochs = self.epoch + 1, self.args.epochs
         elapsed = time.monotonic() - self.began
         to_go = elapsed / (done - self.start.epoch) * (epochs - done)
-        self.print(f"Epoch {done} of {epochs}: {accuracy}{_duration(elapsed)} so far, about "
-                   f"{_duration(to_go)} to go", flush=True)
+        so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
+        self.print(f"Epoch {done} of {epochs}: {accuracy}{so_far} so far, about {to_go} to go",
+                   flush=True)
 
-    def commit(self):
+    def _commit(self):
         """Write what the epoch leaves, whose line is in log.txt now."""
         state, self.unsaved = self.unsaved, None
         if state is None:
@@ -243,10 +252,10 @@ class Run:
         if is_best or is_due(self.epoch, self.args.save_freq, self.args.epochs):
             self.folder.save("checkpoint.pth", state)
 
-    def finish(self):
+    def _finish(self):
         """Write what is left to write; end the data workers and the process group; say the best."""
         if self.epoch is not None:
-            self.commit()
+            self._commit()
         self.loaders.close()
         if self.best is not None:
             folder = self.folder.path
@@ -258,12 +267,5 @@ class Run:
 
 
 def is_due(epoch, every, epochs):
-    """Whether what is done every ``every`` epochs, and after the last, is due after ``epoch``.
-
-    ``epoch`` counts from 0.
-    """
+    """Whether what is done every ``every`` epochs and after the last is due; ``epoch`` from 0."""
     return (epoch + 1) % every == 0 or epoch + 1 == epochs
-
-
-def _duration(seconds):
-    return str(timedelta(seconds=round(seconds)))

@@ -2,42 +2,31 @@
 
 Each patch does nothing on versions that do not need it.
 """
-import importlib
 import inspect
 import os
-import sys
 import warnings
+from importlib import metadata
 
 from .errors import UserError
 
-NEEDED = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "scipy": "scipy",
-          "PIL": "Pillow"}
 
-
-def check():
-    """Raise UserError for a Python or package that is missing or does not fit."""
-    if sys.version_info < (3, 8):  # noqa: UP036 (it is said to those who have it)
-        raise UserError(f"Python {sys.version.split()[0]} is too old: 3.8 or newer is needed")
-    for name, package in NEEDED.items():
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"{name} cannot be imported by {sys.executable} ({error}): "
-                            f"pip install {package}") from error
-    import numpy
+def check_numpy():
+    """Raise UserError where torch cannot use NumPy: torch before 2.3 with NumPy 2."""
     import torch
 
     try:
-        torch.from_numpy(numpy.zeros(1))
-    except RuntimeError as error:  # torch before 2.3 with NumPy 2
-        raise UserError(f"torch {torch.__version__} cannot use numpy {numpy.__version__}: "
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        raise UserError(f"torch {torch.__version__} cannot use this NumPy ({error}): "
                         "pip install 'numpy<2'") from error
 
 
 def found():
-    """The versions of what a run stands on, as 'torch 2.15.0, torchvision ...'."""
-    return ", ".join(f"{name} {importlib.import_module(name).__version__}"
-                     for name in ("torch", "torchvision", "timm"))
+    """The versions of what a run stands on, as 'torch 2.15.0, timm 1.0.31, ...'."""
+    packages = ("torch", "torchvision", "timm", "scipy", "numpy")
+    return ", ".join(f"{package.metadata['Name']} {package.version}"
+                     for package in metadata.distributions()
+                     if package.metadata["Name"] in packages)
 
 
 def restore_pil_interp():
@@ -69,19 +58,14 @@ def skip_pretrained_cfg(main):
     main.create_model = create
 
 
-# What DeiT's age makes newer versions say: (category, start of the message, why it is harmless).
-AGE_WARNINGS = (
-    (FutureWarning, r"Importing from timm\.models\.", "timm 0.9 moved registry and layers"),
-    (UserWarning, r"Overwriting \w+ in registry", "timm 0.9: DeiT's models replace timm's"),
-    (FutureWarning, r"`torch\.cuda\.amp\.", "torch 2.4 renamed autocast and GradScaler"),
-    (DeprecationWarning, r"`torch\.cuda\.amp\.", "the same, as later versions say it"),
-)
-
-
 def quieten_age():
     """Drop warnings that come from DeiT's age alone; rank 0 shows others, each in one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for category, message, _ in AGE_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
+    for category, start in (
+            (FutureWarning, r"Importing from timm\.models\."),  # timm 0.9 moved its modules
+            (UserWarning, r"Overwriting \w+ in registry"),  # timm 0.9: DeiT's models replace timm's
+            (FutureWarning, r"`torch\.cuda\.amp\."),  # torch 2.4 renamed autocast and GradScaler
+            (DeprecationWarning, r"`torch\.cuda\.amp\.")):
+        warnings.filterwarnings("ignore", message=start, category=category)
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")

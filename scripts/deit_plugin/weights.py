@@ -1,15 +1,24 @@
 """Pretrained weights into a model: exactly the head may be missing, nothing may be left over."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, register_model
 
 from convert_to_deit import CheckpointError, is_sine_cosine, load, recognise
 
 from .errors import UserError
 
 HEAD = ("head.weight", "head.bias")
-# MoCo v3's vits.py, vit_small; DeiT's model of that width has 6 heads.
-MOCO_V3_SMALL, MOCO_V3_SMALL_WIDTH, MOCO_V3_HEADS = "moco_v3_vit_small_patch16_224", 384, 12
 LONGEST_REASON = 200  # characters: torch lists every tensor that does not fit
+MOCO_V3_SMALL = {"embed_dim": 384, "num_heads": 12}  # vits.py, vit_small; DeiT's has 6 heads
+
+
+@register_model
+def moco_v3_vit_small_patch16_224(pretrained=False, **kwargs):
+    """MoCo v3's ViT-Small, otherwise DeiT's; ``kwargs`` go to timm's VisionTransformer."""
+    return VisionTransformer(patch_size=16, depth=12, mlp_ratio=4, qkv_bias=True, **MOCO_V3_SMALL,
+                             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **kwargs)
 
 
 def read(path):
@@ -67,10 +76,11 @@ def _check_attention_heads(model, weights, path, model_name):
     table, blocks = weights.get("pos_embed"), getattr(model, "blocks", None)
     if table is None or not blocks or not hasattr(blocks[0], "attn"):
         return
-    heads, is_small = blocks[0].attn.num_heads, table.shape[-1] == MOCO_V3_SMALL_WIDTH
-    if is_small and heads != MOCO_V3_HEADS and is_sine_cosine(table):
-        raise UserError(f"{path} is MoCo v3's ViT-Small with {MOCO_V3_HEADS} heads, "
-                        f"--model {model_name} has {heads}: pass --model {MOCO_V3_SMALL}")
+    heads, small = blocks[0].attn.num_heads, MOCO_V3_SMALL
+    is_small = table.shape[-1] == small["embed_dim"] and is_sine_cosine(table)
+    if is_small and heads != small["num_heads"]:
+        raise UserError(f"{path} is MoCo v3's ViT-Small with {small['num_heads']} heads, --model "
+                        f"{model_name} has {heads}: pass --model moco_v3_vit_small_patch16_224")
 
 
 def resample_position_embedding(weights, own):
