@@ -220,7 +220,9 @@ def _shapes_of(width: int, depth: int, side: int) -> Dict[str, tuple]:
 
 
 def _differences(shapes: Dict[str, tuple], expected: Dict[str, tuple]) -> str:
-    wrong = [f"{name} is {shapes.get(name, 'missing')}, not {expected.get(name, 'absent')}"
+    wrong = [f"{name} is missing" if name not in shapes else
+             f"{name} is unexpected" if name not in expected else
+             f"{name} is {shapes[name]} instead of {expected[name]}"
              for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
     return "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
 

@@ -174,6 +174,9 @@ def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
         if not places or (root / pattern).exists():  # by now, by another process that downloads
             return ""
         place = places[0].with_name("*" + places[0].suffix) if "*" in pattern else places[0]
+        found, wanted = place.relative_to(root).parts[0], Path(pattern).parts[0]
+        if found != wanted and found.lower() == wanted.lower():  # the name at the top is wrong
+            place, pattern = root / found, wanted
         changes.append(f"{place} to {root / pattern}")
     return f"move or rename {', '.join(changes)}"
 
