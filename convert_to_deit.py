@@ -162,7 +162,7 @@ def save(content: Dict[str, Any], path: str) -> int:
                 torch.save(content, file)
             except RuntimeError as error:  # what torch makes of a full disk, or of Ctrl-C
                 raise (error.__context__ or error) from None
-        else:  # torch before 2.0 aborts the process when a write fails
+        else:  # an old torch (before 2.0) aborts the process when a write fails
             buffer = io.BytesIO()
             torch.save(content, buffer)
             file.write(buffer.getbuffer())

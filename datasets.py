@@ -75,6 +75,10 @@ def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
         download = data_set.always_download or (getattr(args, "download", False) and data_set.url)
         _refuse(data_set, root, error.filename, download)
         dataset = _download(data_set, root, build)
+    official = data_set.images.get(is_train, len(dataset))
+    if len(dataset) != official:
+        warnings.warn(f"{root} contains {len(dataset)} {'train' if is_train else 'test'} images; "
+                      f"the official data set has {official}", stacklevel=2)
     return dataset, len(dataset.classes)
 
 
@@ -85,6 +89,7 @@ class DataSet(NamedTuple):
     layout: Tuple[str, ...]  # what the root must contain, as patterns of `glob`
     url: str = ""  # of what can be downloaded
     md5: Dict[str, str] = {}  # of the files that are downloaded
+    images: Dict[bool, int] = {}  # how many the official data set has for training, or else
     always_download: bool = False
     expected: str = ""  # the layout in words, where the patterns do not say it all
 
@@ -135,9 +140,9 @@ DATA_SETS = {
     "cifar10": _cifar(CIFAR10),
     "cifar100": _cifar(CIFAR100),
     "flowers": DataSet(Flowers, ("jpg/image_*.jpg", "imagelabels.mat", "setid.mat"),
-                       Flowers.url, Flowers.md5),
+                       Flowers.url, Flowers.md5, {True: 2040, False: 6149}),
     "pets": DataSet(Pets, ("images/*.jpg", "annotations/trainval.txt", "annotations/test.txt"),
-                    Pets.url, Pets.md5),
+                    Pets.url, Pets.md5, {True: 3680, False: 3669}),
     "folder": DataSet(_image_folder, ("train/*/*",),
                       expected="train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg"),
 }

@@ -1,7 +1,6 @@
 """Oxford-IIIT Pets."""
 
 import os
-import warnings
 from typing import Any, Callable, List, Optional, Tuple
 
 from torchvision.datasets.folder import pil_loader
@@ -40,10 +39,6 @@ class Pets(VisionDataset):
         if download:
             self._download()
         self.paths, self.targets = self._find_images()
-        kind, official = ("train", 3680) if train else ("test", 3669)
-        if len(self) != official:
-            warnings.warn(f"{self.root} contains {len(self)} {kind} images; the official data set "
-                          f"has {official}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.paths)
