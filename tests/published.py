@@ -24,57 +24,49 @@ from deit_plugin import checkout, cpu, versions  # noqa: E402
 CLASSES = {"cifar10": 10, "cifar100": 100, "flowers": 102, "pets": 37}
 
 
-def transform_for(is_train, size):
-    """The published transform, by torchvision alone."""
-    if is_train:
-        steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
-                 transforms.RandomHorizontalFlip()]
-    else:
-        steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
-        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
-
-
 class Images(torch.utils.data.Dataset):
     """Images by path, opened when asked for."""
 
-    def __init__(self, samples, transform):
-        self.samples, self.transform = samples, transform
+    def __init__(self, root, is_train, transform):
+        self.samples, self.transform = self.find(root, is_train), transform
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        return self.transform(Image.open(path).convert("RGB")), label
+        return self.transform(Image.open(path).convert("RGB")), int(label) - 1
 
 
-def flowers(root, is_train):
-    """(path, label) of each image."""
-    labels = scipy.io.loadmat(str(root / "imagelabels.mat"))["labels"][0]
-    splits = scipy.io.loadmat(str(root / "setid.mat"))
-    names = ("trnid", "valid") if is_train else ("tstid",)
-    ids = [int(number) for name in names for number in splits[name][0]]
-    return [(root / "jpg" / f"image_{number:05d}.jpg", int(labels[number - 1]) - 1)
-            for number in ids]
+class Flowers(Images):
+    def find(self, root, is_train):
+        labels = scipy.io.loadmat(str(root / "imagelabels.mat"))["labels"][0]
+        splits = scipy.io.loadmat(str(root / "setid.mat"))
+        return [(root / "jpg" / f"image_{number:05d}.jpg", labels[number - 1])
+                for name in (("trnid", "valid") if is_train else ("tstid",))
+                for number in splits[name][0]]
 
 
-def pets(root, is_train):
-    """(path, label) of each image."""
-    lines = (root / "annotations" / ("trainval.txt" if is_train else "test.txt")).read_text()
-    fields = [line.split() for line in lines.splitlines()]
-    return [(root / "images" / f"{name}.jpg", int(label) - 1) for name, label, *_ in fields]
+class Pets(Images):
+    def find(self, root, is_train):
+        lines = (root / "annotations" / ("trainval.txt" if is_train else "test.txt")).read_text()
+        return [(root / "images" / f"{name}.jpg", label)
+                for name, label, *_ in map(str.split, lines.splitlines())]
 
 
 def build_dataset(is_train, args):
     """The data set and its number of classes."""
-    transform, root = transform_for(is_train, args.input_size), Path(args.data_path)
-    if args.data_set.startswith("cifar"):
-        dataset = getattr(torchvision.datasets, args.data_set.upper())(root, is_train, transform)
+    size = args.input_size
+    if is_train:
+        steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
+                 transforms.RandomHorizontalFlip()]
     else:
-        samples = flowers if args.data_set == "flowers" else pets
-        dataset = Images(samples(root, is_train), transform)
-    return dataset, CLASSES[args.data_set]
+        steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
+    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
+        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    made = {"flowers": Flowers, "pets": Pets, "cifar10": torchvision.datasets.CIFAR10,
+            "cifar100": torchvision.datasets.CIFAR100}[args.data_set]
+    return made(Path(args.data_path), is_train, transform), CLASSES[args.data_set]
 
 
 def main():

@@ -1,4 +1,5 @@
 """The four recipes as a user launches them: trained, killed, and continued to the end."""
+import math
 import os
 import signal
 
@@ -8,9 +9,9 @@ import torch
 from conftest import (
     ERAS,
     REAL_DEIT,
-    RECIPES,
     TRAIN_IMAGES,
-    expected_rates,
+    around_saving,
+    end_of,
     fork,
     kill_all,
     log_of,
@@ -25,17 +26,17 @@ EPOCHS, WARMUP = 5 if REAL_DEIT else 12, 2  # of some 100 ms each in the miniatu
 # Each recipe and each DeiT occur at least once; with --all, or one DeiT named, all occur.
 DEFAULT = (("cifar10", "2020"), ("cifar100", "2021"), ("flowers", "2020"), ("pets", "head"))
 ALL = [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in DEFAULT
-                    else pytest.mark.slow) for era in ERAS for recipe in RECIPES]
-# For altered.py: kill -9 when the first epoch's checkpoint has been written, without a launcher.
-KILLED = """
-import signal
-from deit_plugin.output import RunFolder
-save = RunFolder.save
-def save_and_die(self, name, state):
-    save(self, name, state)
-    if name == "checkpoint.pth" and self.writes:
-        os.kill(os.getpid(), signal.SIGKILL)
-RunFolder.save = save_and_die"""
+                    else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
+KILLED = around_saving(
+    after="if path.endswith('/checkpoint.pth'): os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def expected_rate(epoch, peak, start=1e-6, end=1e-5):
+    """Linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
+    epoch = max(0, epoch - 1)
+    if epoch < WARMUP:
+        return start + epoch * (peak - start) / WARMUP
+    return end + (peak - end) * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
 
 
 def noise(stderr):
@@ -44,25 +45,24 @@ def noise(stderr):
 
 
 @pytest.mark.parametrize("recipe, era", ALL)
-def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tmp_path, request):
+def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tmp_path):
     flags = ["--resume", checkpoint, "--data-path", data / recipe, "--output_dir", tmp_path,
              "--epochs", EPOCHS, "--warmup-epochs", WARMUP, "--eval-freq", "2",
              "--num_workers", "1"]
     options = {"era": era, "processes": 2}
-    if recipe == "pets" or request.config.getoption("--all"):
+    if recipe == "pets":  # by the launcher
         with running(recipe, *flags, **options) as run:
             wait_for((tmp_path / "checkpoint.pth").exists, seconds=300)
             kill_all(run, tmp_path)
-            stdout, stderr = run.communicate()
+            killed = end_of(run)
     else:
-        killed = fork(recipe, *flags, **options, script="altered.py", ALTERED=KILLED)
-        stdout, stderr = killed.stdout, killed.stderr
+        killed = fork(recipe, *flags, **options, altered=KILLED)
         assert killed.returncode == -signal.SIGKILL
     for said in (f"on {recipe}: {TRAIN_IMAGES[recipe]} train and 21 test images",
                  "16 = 2 processes x 8 images", "3 steps", str(checkpoint), "head is new"):
-        assert said in stdout
-    assert stdout.count("Fine-tuning") == 1  # by rank 0 alone
-    assert noise(stderr) == []
+        assert said in killed.stdout
+    assert killed.stdout.count("Fine-tuning") == 1  # by rank 0 alone
+    assert noise(killed.stderr) == []
 
     state = saved(tmp_path / "checkpoint.pth")
     trained = state["epoch"] + 1
@@ -76,7 +76,8 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
 
     rows = log_of(tmp_path)
     assert [row["epoch"] for row in rows] == list(range(EPOCHS))
-    assert rates_of(tmp_path) == pytest.approx(expected_rates(EPOCHS, WARMUP, 3e-4 * 16 / 512))
+    assert rates_of(tmp_path) == pytest.approx(
+        [expected_rate(epoch, 3e-4 * 16 / 512) for epoch in range(EPOCHS)])
     evaluated = [row for row in rows if "test_acc1" in row]
     assert [row["epoch"] for row in evaluated] == [*range(1, EPOCHS - 1, 2), EPOCHS - 1]
     assert all(0 <= row["test_acc1"] <= row["test_acc5"] <= 100 for row in evaluated)

@@ -36,8 +36,8 @@ def report(*arguments, cwd, without=("torch", "matplotlib")):
     """Run report.py to its end, in a Python in which some modules cannot be imported."""
     code = (f"import runpy, sys; sys.modules.update(dict.fromkeys({without})); del sys.argv[0]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    return subprocess.run([sys.executable, "-c", code, str(ROOT / "scripts/report.py"), *arguments],
-                          cwd=str(cwd), capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, ROOT / "scripts/report.py", *arguments],
+                          cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def row_of(done, name):

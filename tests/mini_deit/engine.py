@@ -6,20 +6,15 @@ import torch
 from timm.utils import accuracy
 
 import utils
-from era import SINCE_2021
-
-
-def batches(meters, loader, device, header):
-    for pair in meters.log_every(loader, 10, header):
-        yield [tensor.to(device, non_blocking=True) for tensor in pair]
+from arguments import SINCE_2021
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
                     max_norm=0, model_ema=None, mixup_fn=None, set_training_mode=True, args=None):
     model.train(set_training_mode)
     meters = utils.MetricLogger(delimiter="  ")
-    meters.add_meter("lr", utils.SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    for images, labels in batches(meters, data_loader, device, f"Epoch: [{epoch}]"):
+    for images, labels in meters.log_every(data_loader, 10, f"Epoch: [{epoch}]"):
+        images, labels = images.to(device), labels.to(device)
         if mixup_fn is not None:
             images, labels = mixup_fn(images, labels)
         with torch.cuda.amp.autocast():
@@ -36,7 +31,6 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             model_ema.update(model)
         meters.update(loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
     meters.synchronize_between_processes()
-    print("Averaged stats:", meters)
     return meters.averages()
 
 
@@ -44,9 +38,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 def evaluate(data_loader, model, device):
     model.eval()
     meters = utils.MetricLogger(delimiter="  ")
-    for images, labels in batches(meters, data_loader, device, "Test:"):
-        logits = model(images)
-        acc1, acc5 = accuracy(logits, labels, topk=(1, 5))
-        meters.update(acc1=acc1, acc5=acc5,
-                      loss=torch.nn.functional.cross_entropy(logits, labels))
+    for images, labels in meters.log_every(data_loader, 10, "Test:"):
+        logits = model(images.to(device))
+        acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
+        meters.update(acc1=acc1, acc5=acc5)
     return meters.averages()
