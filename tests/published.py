@@ -6,6 +6,7 @@ versions and without a GPU is taken from the bundle. Run as ``finetune.py`` is; 
 does not have are left out.
 """
 import argparse
+import os
 import sys
 import types
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from deit_plugin import checkout, cpu, versions  # noqa: E402
+from deit_plugin import cpu, versions  # noqa: E402
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "flowers": 102, "pets": 37}
 
@@ -75,7 +76,7 @@ def main():
     versions.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset
-    sys.path.insert(0, str(checkout.find()))
+    sys.path.insert(0, os.environ["DEIT_DIR"])
     import main as deit_main
 
     versions.skip_pretrained_cfg(deit_main)

@@ -9,15 +9,15 @@ from PIL import Image
 
 from conftest import ROOT
 
-WHOLE = {"flowers": (2040, 6149), "pets": (3680, 3669)}
+WHOLE = {"flowers": (2040, 6149), "pets": (3680, 3669), "folder": (20, 10)}
 
 
-def epoch_line(epoch, accuracy=None, **other):
+def epoch_line(epoch, accuracy=None):
     """A line of log.txt; with an evaluation if an accuracy is given."""
     row = {"epoch": epoch, "train_lr": 3e-4, "train_loss": 2 / (epoch + 1), "train_seconds": 60.0}
     if accuracy is not None:
         row.update(test_acc1=accuracy, test_loss=1 - accuracy / 100, test_seconds=5.0)
-    return json.dumps({**row, **other}) + "\n"
+    return json.dumps(row) + "\n"
 
 
 def make_run(folder, log=None, data_set="pets", differs=(), images=None, about=None):
@@ -25,7 +25,7 @@ def make_run(folder, log=None, data_set="pets", differs=(), images=None, about=N
     folder.mkdir(parents=True)
     finished = "".join(map(epoch_line, range(4), (50.0, None, 90.0, 89.5)))
     (folder / "log.txt").write_text(finished if log is None else log)
-    train, test = images or WHOLE.get(data_set, (20, 10))
+    train, test = images or WHOLE[data_set]
     (folder / "run.json").write_text(about if about is not None else json.dumps({
         "settings": {"data_set": data_set, "epochs": 4, "model": "deit_base_patch16_224"},
         "differs": differs, "train_images": train, "test_images": test}))
@@ -76,13 +76,12 @@ def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, note, tmp_
 
 
 @pytest.mark.parametrize("log, epochs, best, note", [
-    (epoch_line(0, 80.0) + epoch_line(1, 70.0)[:30], "1", "80.00", "line 2 of 2 is damaged"),
-    (epoch_line(0, 80.0) + "\0\0\n" + epoch_line(1, 70.0), "2", "80.00", "line 2 of 3 is damaged"),
+    (epoch_line(0, 80.0) + "\0\0\n" + epoch_line(1, 70.0)[:30], "1", "80.00", "line 3 of 3"),
     (epoch_line(0, 60.0) + epoch_line(1, 99.0) + epoch_line(2, 99.0) + epoch_line(1, 70.0),
      "2", "70.00", ""),
     (epoch_line(0) + epoch_line(1, float("nan")), "2", "-", ""),
     ("", "0", "-", ""),
-], ids=["half line", "zeros", "trained again", "not evaluated", "empty"])
+], ids=["damaged", "trained again", "not evaluated", "empty"])
 def test_running_and_crashed_runs(log, epochs, best, note, tmp_path):
     make_run(tmp_path / "one", log)
     done = report("one", cwd=tmp_path)
@@ -90,26 +89,21 @@ def test_running_and_crashed_runs(log, epochs, best, note, tmp_path):
     assert note in done.stdout and ("damaged" in done.stdout) == bool(note)
 
 
-@pytest.mark.parametrize("damaged", ["", "[]", '{"settings": 1}'])
+@pytest.mark.parametrize("damaged", ["", '{"settings": 1}'])
 def test_without_run_json_settings_are_unknown(damaged, tmp_path):
-    log = epoch_line(0, 90.0).replace("train_seconds", "other")
-    run = make_run(tmp_path / "one", log, about=damaged)
-    if not damaged:
-        (run / "run.json").unlink()
+    make_run(tmp_path / "one", epoch_line(0, 90.0), about=damaged)
     done = report("one", cwd=tmp_path)
-    assert row_of(done, "one") == ["-", "1", "of", "-", "90.00", "90.00", "-", "-", "0:00:05"]
+    assert row_of(done, "one") == ["-", "1", "of", "-", "90.00", "90.00", "-", "-", "0:01:05"]
     assert "unknown" in done.stdout
 
 
 def test_what_is_no_run_is_named_and_skipped(tmp_path):
     make_run(tmp_path / "one")
-    (tmp_path / "data").mkdir()
-    done = report("data", "one", "absent", cwd=tmp_path)
-    assert row_of(done, "one") and "data: not a run" in done.stdout
-    done = report("data", "absent", cwd=tmp_path)
+    done = report("absent", "one", cwd=tmp_path)
+    assert row_of(done, "one") and "absent: not a run" in done.stdout
+    done = report("absent", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "data: not a run" in done.stderr and "absent: not a run" in done.stderr
 
 
 def test_pictures(tmp_path):
