@@ -6,6 +6,7 @@ DEIT_DIR names the DeiT to train with; without it, the miniature is used.
 import argparse
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 import conftest
 import generate
 
+CONVERTER = conftest.ROOT / "convert_to_deit.py"
 PHOTO = (750, 500)  # pixels; near the usual size of a Flowers image
 AS_PUBLISHED = """
 import sys, torch
@@ -44,8 +46,8 @@ def main():
     """Run the parts asked for; print a line for each figure as it comes."""
     parts = {"converter": converter, "start": start, "run": run}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(parts), choices=[*parts, []],
-                        metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART",
+                        help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N",
                         help="runs of which the median counts (default: 5)")
     args = parser.parse_args()
@@ -68,15 +70,18 @@ def converter(folder, repeats):
     """ViT-Base with the optimizer's state, as MoCo v3 saves it."""
     source, target, copied = (folder / name for name in ("moco-v3.pth.tar", "out.pth", "copied"))
     generate.moco_checkpoint(source, width=768, depth=12, mlp_dim=4096, dim=256)
-    ours = [conftest.ROOT / "convert_to_deit.py", "--input", source, "--output"]
-    subprocess.run([sys.executable, *ours, copied], stdout=subprocess.DEVNULL, check=True)
-    ways = {"here": [*ours, target], "published": ["-c", AS_PUBLISHED, source, target],
+    _convert(source, copied)
+    ways = {"here": [CONVERTER, "--input", source, "--output", target],
+            "published": ["-c", AS_PUBLISHED, source, target],
             "floor": ["-c", FLOOR, copied, target]}
     measured = {way: [] for way in ways}
     for _ in range(repeats):
         for way, arguments in ways.items():
+            os.sync()
             source.read_bytes()  # each way finds it in the system's memory, as if just downloaded
-            measured[way].append(_watch(arguments))
+            watched = [sys.executable, "-S", "-c", WATCH, sys.executable, *map(str, arguments)]
+            done = subprocess.run(watched, stdout=subprocess.PIPE, text=True, check=True)
+            measured[way].append(tuple(map(float, done.stdout.split())))
             target.unlink()  # to free an old one takes longer than to write a new one
     seconds, memory = ({way: [run[index] for run in runs] for way, runs in measured.items()}
                        for index in (0, 1))
@@ -87,12 +92,9 @@ def converter(folder, repeats):
          seconds["here"], "s")
 
 
-def _watch(arguments):
-    """Seconds and peak memory in GB of a Python process, with a disk that is at rest before."""
-    os.sync()
-    watched = [sys.executable, "-S", "-c", WATCH, sys.executable, *map(str, arguments)]
-    done = subprocess.run(watched, stdout=subprocess.PIPE, text=True, check=True)
-    return tuple(map(float, done.stdout.split()))
+def _convert(source, target):
+    subprocess.run([sys.executable, CONVERTER, "--input", source, "--output", target], check=True,
+                   stdout=subprocess.DEVNULL)
 
 
 def start(folder, repeats):
@@ -114,15 +116,17 @@ def _ways(folder, recipe, epochs, **pictures):
     """The published command and ours for the same run; published.py ignores our flags."""
     getattr(generate, recipe)(folder / recipe, **pictures)
     generate.moco_checkpoint(folder / "moco-v3.pth.tar")
-    subprocess.run([sys.executable, conftest.ROOT / "convert_to_deit.py", "--input",
-                    folder / "moco-v3.pth.tar", "--output", folder / "converted.pth"],
-                   check=True, stdout=subprocess.DEVNULL)
+    _convert(folder / "moco-v3.pth.tar", folder / "converted.pth")
     ours = conftest.command(
         recipe, "--model", "deit_tiny_patch16_224", "--input-size", "224", "--batch-size", "16",
         "--epochs", epochs, "--resume", folder / "converted.pth", "--data-path", folder / recipe,
         "--output_dir", folder / "out", "--num_workers", "10", "--eval-freq", "10",
         "--save-freq", "10", "--overwrite")
-    return conftest.instead("published.py", ours, processes=2), ours
+    complete = subprocess.run([*ours, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
+                              env=conftest.environment(processes=2)).stdout
+    published = str(conftest.ROOT / "tests" / "published.py")
+    return [published if word.endswith("/finetune.py") else word
+            for word in shlex.split(complete)], ours
 
 
 def _alternate(ways, repeats, until=None):

@@ -43,9 +43,7 @@ def made(tmp_path_factory):
     generate.pets(folder / "pets", train_per_class=2, test_per_class=1, size=(20, 16))
     generate.cifar(folder / "cifar10", "cifar10", 50, 20)
     generate.cifar(folder / "cifar100", "cifar100", 200, 100)
-    for name in ("train/a", "train/b", "train/c", "val/a", "val/b", "val/c"):
-        (folder / "folder" / name).mkdir(parents=True)
-        Image.effect_noise((20, 16), 50).save(str(folder / "folder" / name / "image.png"))
+    generate.images(folder / "folder", train=1, val=1)
     return folder
 
 
@@ -135,12 +133,6 @@ def test_images_and_labels_are_those_of_the_lists(made):
                 assert image == Image.open(str(made / path)).convert("RGB")
 
 
-def test_blank_lines_and_comments_in_lists(copy):
-    path = copy("pets") / "annotations" / "trainval.txt"
-    path.write_text("#Image CLASS-ID SPECIES BREED ID\n\n" + path.read_text())
-    assert len(build("pets", path.parent.parent)) == 74
-
-
 @pytest.mark.parametrize("name, train, text", [
     ("flowers", True, "204 train images.* 2040"), ("flowers", False, "102 test images.* 6149"),
     ("pets", True, "74 train images.* 3680"), ("pets", False, "37 test images.* 3669"),
@@ -151,25 +143,11 @@ def test_cut_down_sets_warn_once(made, name, train, text):
     assert len(warned) == 1
 
 
-def test_home_folder(made, monkeypatch):
-    monkeypatch.setenv("HOME", str(made))
-    assert len(build("pets", "~/pets")) == 74
-
-
-def test_unknown_data_set(made):
-    text = refusal("IMNET", made, NotImplementedError)
-    assert "IMNET" in text and "cifar10, cifar100, flowers, pets, folder" in text
-
-
-@pytest.mark.parametrize("name, pattern", [
-    ("flowers", "jpg/*"), ("pets", "images/*.jpg"), ("folder", "train/a/*"),
-])
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_broken_images_are_named_when_asked_for(copy, name, pattern, kept):
+@pytest.mark.parametrize("name, pattern", [("flowers", "jpg/*"), ("folder", "train/*/*")])
+def test_broken_images_are_named_when_asked_for(copy, name, pattern):
     folder = copy(name)
     for path in folder.glob(pattern):
-        content = path.read_bytes()
-        path.write_bytes(content[: int(len(content) * kept)])
+        path.write_bytes(path.read_bytes()[:150])
     with pytest.raises(OSError, match=str(folder)) as error:
         build(name, folder)[0]
     assert "\n" not in str(error.value)
@@ -201,8 +179,8 @@ def test_unofficial_cifar_is_not_unpickled(made):
 
 @pytest.mark.parametrize("removed, words", [
     ("val", ["val is missing", "val/", "test/"]), ("train", ["train is missing"]),
-    ("val/b", ["same class", "has b"]), ("train/c", ["same class", "has c"]),
-    ("train/b/*", ["train", "classes b"]), ("train/*/*", ["train"]),
+    ("val/bee", ["same class", "has bee"]), ("train/cow", ["same class", "has cow"]),
+    ("train/bee/*", ["train", "classes bee"]), ("train/*/*", ["train"]),
 ])
 def test_unequal_folders(copy, removed, words):
     folder = copy("folder")
