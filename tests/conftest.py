@@ -1,16 +1,13 @@
-"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, launches and kills.
+"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, launches.
 
 The DeiT is the miniature in mini_deit/, or with DEIT_DIR set a real checkout. Most tests need one
 process and one era of the miniature (its HEAD); where two or all count, the test says so.
 """
-import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -164,67 +161,3 @@ def rates_of(folder):
 def saved(path):
     """The content of a checkpoint."""
     return convert_to_deit.load(str(path))
-
-
-# Launches that are under way, to be killed
-
-
-@contextlib.contextmanager
-def running(recipe, *flags, **variables):
-    """A launch that is under way; ended with all its processes when the block is left."""
-    process = subprocess.Popen(
-        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        universal_newlines=True, env=environment(**variables))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def end_of(run, timeout=60):
-    """Wait for the end of a launch that is under way; the completed process."""
-    output = run.communicate(timeout=timeout)
-    return subprocess.CompletedProcess(run.args, run.returncode, *output)
-
-
-def wait_for(condition, seconds=120, pause=0.05):
-    """Poll until ``condition()`` is true; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(pause)
-    raise AssertionError("waited in vain")
-
-
-def wait_for_epochs(folder, epochs=1, seconds=120):
-    """Until the log of the run in ``folder`` has that many lines."""
-    log = folder / "log.txt"
-    wait_for(lambda: log.exists() and len(log.read_bytes().splitlines()) >= epochs, seconds)
-
-
-def processes_of(folder):
-    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (entry / "cmdline").read_bytes()
-            if (b"finetune.py" in line and str(folder).encode() in line
-                    and b"launcher.py" not in line):
-                found.append(int(entry.name))
-    return found
-
-
-def wait_for_no_process(folder, seconds=20):
-    """Until nothing of a launch into ``folder`` runs."""
-    wait_for(lambda: not processes_of(folder), seconds)
-
-
-def kill_all(run, folder):
-    """``kill -9`` for every process of a launch, as when its machine goes down."""
-    for process in [run.pid, *processes_of(folder)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait_for_no_process(folder)

@@ -147,14 +147,9 @@ def encoder_state(width=192, depth=12, seed=0):
 
 
 def mlp_state(*sizes):
-    """Linear layers without bias, each with batch norm, ReLU between: MoCo v3's heads."""
-    state = {}
-    for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
-        state[f"{3 * layer}.weight"] = torch.ones(outputs, inputs)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{3 * layer + 1}.{name}"] = torch.ones(outputs)
-        state[f"{3 * layer + 1}.num_batches_tracked"] = torch.tensor(1000)
-    return state
+    """The linear layers of one of MoCo v3's heads."""
+    return {f"{3 * layer}.weight": torch.ones(outputs, inputs)
+            for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:]))}
 
 
 def moco_checkpoint(path, width=192, depth=12, mlp_dim=64, dim=32, prefix="module."):

@@ -2,7 +2,6 @@
 
 That a killed run continues as if it had never stopped is in test_journey.py, for all recipes.
 """
-import importlib.util
 import os
 import random
 import re
@@ -13,24 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import (
-    around_saving,
-    end_of,
-    error_of,
-    fork,
-    kill_all,
-    log_of,
-    processes_of,
-    rates_of,
-    running,
-    saved,
-    train,
-    wait_for,
-    wait_for_epochs,
-    wait_for_no_process,
-)
+from conftest import around_saving, error_of, fork, log_of, rates_of, saved, train
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
-IS_OLD = importlib.util.find_spec("torch.distributed.run") is None  # torch before 1.9
 LONG = ["--epochs", "500", "--save-freq", "100"]  # longer than any test
 
 
@@ -44,7 +28,7 @@ def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path
         if name == "SIGTERM":
             assert "another run" in error_of(fork("pets", *flags))
         run.send_signal(getattr(signal, name))
-        wait_for_no_process(tmp_path)
+        wait_for(lambda: not processes_of(tmp_path), seconds=20)
         assert "Traceback" not in end_of(run).stderr
 
 
@@ -54,8 +38,7 @@ def test_a_rank_that_is_killed_is_named(flags, tmp_path):
         os.kill(max(processes_of(tmp_path)), signal.SIGKILL)
         done = end_of(run)
     assert done.returncode not in (0, 2)
-    if not IS_OLD:  # whose launcher waits for rank 0 first, which has lost its peer
-        assert "SIGKILL" in done.stderr and "Traceback" not in done.stderr
+    assert "SIGKILL" in done.stderr and "Traceback" not in done.stderr
     assert not processes_of(tmp_path)
 
 

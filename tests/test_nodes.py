@@ -6,25 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from conftest import (
-    ROOT,
-    command,
-    end_of,
-    environment,
-    log_of,
-    processes_of,
-    running,
-    train,
-    wait_for,
-    wait_for_epochs,
-    wait_for_no_process,
-)
+from conftest import ROOT, command, environment, log_of, train
 from forked import free_port
+from underway import end_of, processes_of, running, wait_for, wait_for_epochs
 
 
 def two_nodes():
@@ -59,18 +47,7 @@ def test_a_node_that_goes_down_ends_the_other(flags, tmp_path):
         done = end_of(run)
         assert done.returncode != 0
         assert "onnection" in done.stderr  # is lost, which is all that this node can know
-        wait_for_no_process(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1, 8])
-def test_a_node_that_waits_for_the_first_ends_when_told(seconds, flags, tmp_path):
-    with running("pets", *flags, **two_nodes()[1]) as waiting:
-        time.sleep(seconds)  # while it imports torch; when it waits in vain
-        waiting.send_signal(signal.SIGTERM)
-        done = end_of(waiting)
-        assert done.returncode in (143, -signal.SIGTERM) and "Traceback" not in done.stderr
-        wait_for_no_process(tmp_path)
+        wait_for(lambda: not processes_of(tmp_path), seconds=20)
 
 
 STAND_INS = {
@@ -99,7 +76,7 @@ STAND_INS = {
 def slurm(tmp_path):
     """slurm(*arguments, **variables) starts slurm.sh as job 123456 of two nodes with 4 GPUs each.
 
-    Returns the Popen; ``requeued`` in tmp_path has the ids of the jobs that were re-queued.
+    Returns the Popen; "requeued" in tmp_path has the ids of the jobs that were re-queued.
     """
     for name, lines in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")

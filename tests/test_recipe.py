@@ -1,19 +1,13 @@
 """The recipe is the same recipe on every stack and every DeiT, measured in a real run."""
-import hashlib
-from argparse import Namespace
-
 import pytest
 import torch
 
 import generate
 from conftest import ERAS, log_of, saved, train
-from datasets import build_dataset
 
-# Of the pictures that generate.py makes, at 112 pixels: the same on Python 3.8 with torch 1.7.1,
-# timm 0.3.2 and Pillow 10.4 as on Python 3.13 with torch 2.15, timm 1.0.31 and Pillow 13.
-IMAGES = {"train": ["64d70d92e37fdb0a", "3732fded1634b3ae", "f6a6bcc5cbc691b7"],
-          "test": ["d54fc11932134da2", "174a52c4eeaf611c", "fe0a3a4a971c99ba"]}
-LOSSES = [3.589152, 3.585391, 2.904437]  # mean over 3 steps each; those stacks agree to 1e-5
+# Mean over 3 steps each: to 1e-5 the same on Python 3.8 with torch 1.7.1, timm 0.3.2, Pillow 10.4
+# as on Python 3.13 with torch 2.15, timm 1.0.31 and Pillow 13. Other images would have others.
+LOSSES = [3.589152, 3.585391, 2.904437]
 # timm's versions draw unequal numbers to initialise a model.
 SEEDED = """
 import timm.optim, torch
@@ -22,20 +16,6 @@ def create_and_seed(args, model):
     torch.manual_seed(0)
     return create(args, model)
 timm.optim.create_optimizer = create_and_seed"""
-
-
-@pytest.mark.filterwarnings("ignore:.*official")
-@pytest.mark.parametrize("is_train", [True, False])
-def test_images_and_labels(is_train, data):
-    split, per_class = ("train", 7) if is_train else ("test", 3)
-    args = Namespace(data_set="pets", data_path=str(data / "pets"), input_size=112, reprob=0)
-    dataset, _ = build_dataset(is_train, args)
-    torch.manual_seed(0)
-    # Eight bits are the same everywhere, and tell any other crop or flip.
-    pixels = [(dataset[index][0] * 32).round().to(torch.int16).numpy() for index in range(3)]
-    hashes = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in pixels]
-    assert hashes == IMAGES[split]
-    assert dataset.targets == sorted(list(range(7)) * per_class)
 
 
 @pytest.mark.parametrize("era", [

@@ -6,7 +6,6 @@ import torch
 from timm.utils import accuracy
 
 import utils
-from arguments import SINCE_2021
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
@@ -19,7 +18,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             images, labels = mixup_fn(images, labels)
         with torch.cuda.amp.autocast():
             logits = model(images)
-            loss = criterion(images, logits, labels) if SINCE_2021 else criterion(logits, labels)
+            loss = criterion(logits, labels)
         if not math.isfinite(loss.item()):
             print(f"Loss is {loss.item()}")
             sys.exit(1)
