@@ -178,15 +178,13 @@ def moco_checkpoint(path, width=192, depth=12, mlp_dim=64, dim=32, prefix="modul
 
 def main():
     """The command line, for demo.sh and the matrix."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     argument_default=argparse.SUPPRESS)
     made = {"flowers": flowers, "pets": pets, "checkpoint": moco_checkpoint}
-    for what in made:
-        command = commands.add_parser(what, argument_default=argparse.SUPPRESS)
-        flags = ("--classes", "--train-per-class", "--test-per-class")
-        for flag in ("--width", "--depth") if what == "checkpoint" else flags:
-            command.add_argument(flag, type=int, metavar="N")
-        command.add_argument("out", metavar="OUT", help="folder (or checkpoint file) to write")
+    parser.add_argument("what", choices=made)
+    parser.add_argument("out", help="folder (or checkpoint file) to write")
+    for flag in ("--classes", "--train-per-class", "--test-per-class", "--width", "--depth"):
+        parser.add_argument(flag, type=int, metavar="N")
     given = vars(parser.parse_args())
     made[given.pop("what")](given.pop("out"), **given)
 

@@ -22,14 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from deit_plugin import cpu, versions  # noqa: E402
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "flowers": 102, "pets": 37}
-
 
 class Images(torch.utils.data.Dataset):
     """Images by path, opened when asked for."""
 
-    def __init__(self, root, is_train, transform):
-        self.samples, self.transform = self.find(root, is_train), transform
+    def __init__(self, samples, transform):
+        self.samples, self.transform = samples, transform
 
     def __len__(self):
         return len(self.samples)
@@ -39,20 +37,22 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.open(path).convert("RGB")), int(label) - 1
 
 
-class Flowers(Images):
-    def find(self, root, is_train):
-        labels = scipy.io.loadmat(str(root / "imagelabels.mat"))["labels"][0]
-        splits = scipy.io.loadmat(str(root / "setid.mat"))
-        return [(root / "jpg" / f"image_{number:05d}.jpg", labels[number - 1])
-                for name in (("trnid", "valid") if is_train else ("tstid",))
-                for number in splits[name][0]]
+def flowers(root, is_train, transform):
+    labels = scipy.io.loadmat(str(root / "imagelabels.mat"))["labels"][0]
+    splits = scipy.io.loadmat(str(root / "setid.mat"))
+    return Images([(root / "jpg" / f"image_{number:05d}.jpg", labels[number - 1])
+                   for name in (("trnid", "valid") if is_train else ("tstid",))
+                   for number in splits[name][0]], transform)
 
 
-class Pets(Images):
-    def find(self, root, is_train):
-        lines = (root / "annotations" / ("trainval.txt" if is_train else "test.txt")).read_text()
-        return [(root / "images" / f"{name}.jpg", label)
-                for name, label, *_ in map(str.split, lines.splitlines())]
+def pets(root, is_train, transform):
+    lines = (root / "annotations" / ("trainval.txt" if is_train else "test.txt")).read_text()
+    return Images([(root / "images" / f"{name}.jpg", label)
+                   for name, label, *_ in map(str.split, lines.splitlines())], transform)
+
+
+DATA_SETS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "flowers": (flowers, 102),
+             "cifar100": (torchvision.datasets.CIFAR100, 100), "pets": (pets, 37)}
 
 
 def build_dataset(is_train, args):
@@ -65,9 +65,8 @@ def build_dataset(is_train, args):
         steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
         IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
-    made = {"flowers": Flowers, "pets": Pets, "cifar10": torchvision.datasets.CIFAR10,
-            "cifar100": torchvision.datasets.CIFAR100}[args.data_set]
-    return made(Path(args.data_path), is_train, transform), CLASSES[args.data_set]
+    make, classes = DATA_SETS[args.data_set]
+    return make(Path(args.data_path), is_train, transform), classes
 
 
 def main():
@@ -82,7 +81,7 @@ def main():
     versions.skip_pretrained_cfg(deit_main)
     parser = argparse.ArgumentParser(parents=[deit_main.get_args_parser()],
                                      conflict_handler="resolve")
-    parser.add_argument("--data-set", choices=sorted(CLASSES))
+    parser.add_argument("--data-set", choices=sorted(DATA_SETS))
     args, _ = parser.parse_known_args()
     if args.device == "cpu":
         cpu.patch(deit_main)

@@ -16,7 +16,7 @@ import torch
 import convert_to_deit
 import generate
 from conftest import ROOT
-from convert_to_deit import load, main, recognise, save, whole_file
+from convert_to_deit import load, main, recognise
 
 SMALL = {"width": 64, "depth": 2, "mlp_dim": 16, "dim": 8}
 
@@ -238,15 +238,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, error, 
     assert sorted(os.listdir(str(tmp_path))) == ["input.pth", "output.pth"]
 
 
-def test_whole_file_makes_the_folder_and_follows_a_link(tmp_path):
-    path = tmp_path / "new" / "folder" / "file"
-    with whole_file(str(path)) as file:
-        file.write(b"whole")
-        assert os.listdir(str(path.parent)) == [f".file.{os.getpid()}.tmp"]
-    assert path.read_bytes() == b"whole"
-    (tmp_path / "link").symlink_to(path)
-    assert save({"model": 3}, str(tmp_path / "link")) == path.stat().st_size
-    assert load(str(path)) == {"model": 3} and (tmp_path / "link").is_symlink()
+def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
+    (tmp_path / "output.pth").symlink_to(tmp_path / "new" / "model.pth")
+    status, output = run(tmp_path, MOCO)
+    assert status == 0 and output.is_symlink()
+    assert_same(renamed(MOCO, r"base_encoder\.", ""), tmp_path / "new" / "model.pth")
 
 
 @pytest.mark.parametrize("source, target, words", [

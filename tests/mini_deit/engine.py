@@ -11,7 +11,7 @@ import utils
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
                     max_norm=0, model_ema=None, mixup_fn=None, set_training_mode=True, args=None):
     model.train(set_training_mode)
-    meters = utils.MetricLogger(delimiter="  ")
+    meters = utils.MetricLogger()
     for images, labels in meters.log_every(data_loader, 10, f"Epoch: [{epoch}]"):
         images, labels = images.to(device), labels.to(device)
         if mixup_fn is not None:
@@ -29,14 +29,15 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         if model_ema is not None:
             model_ema.update(model)
         meters.update(loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
-    meters.synchronize_between_processes()
+    for meter in meters.meters.values():
+        meter.synchronize_between_processes()
     return meters.averages()
 
 
 @torch.no_grad()
 def evaluate(data_loader, model, device):
     model.eval()
-    meters = utils.MetricLogger(delimiter="  ")
+    meters = utils.MetricLogger()
     for images, labels in meters.log_every(data_loader, 10, "Test:"):
         logits = model(images.to(device))
         acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))

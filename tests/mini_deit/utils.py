@@ -10,8 +10,7 @@ import torch.distributed as dist
 class SmoothedValue:
     """The mean of a series."""
 
-    def __init__(self):
-        self.count, self.total = 0, 0.0
+    count, total = 0, 0.0
 
     def synchronize_between_processes(self):
         if dist.is_initialized():
@@ -23,8 +22,7 @@ class SmoothedValue:
 class MetricLogger:
     """Meters by name, and a loop that prints them as it goes."""
 
-    def __init__(self, delimiter="\t"):
-        self.delimiter = delimiter
+    def __init__(self):
         self.meters = defaultdict(SmoothedValue)
 
     def update(self, **values):
@@ -35,16 +33,11 @@ class MetricLogger:
     def averages(self):
         return {name: meter.total / meter.count for name, meter in self.meters.items()}
 
-    def synchronize_between_processes(self):
-        for meter in self.meters.values():
-            meter.synchronize_between_processes()
-
     def log_every(self, iterable, print_freq, header):
         for step, item in enumerate(iterable):
             yield item
             if step % print_freq == 0 or step + 1 == len(iterable):
-                values = [f"{name}: {mean:.6f}" for name, mean in self.averages().items()]
-                print(self.delimiter.join([header, f"[{step}/{len(iterable)}]", *values]))
+                print(header, f"[{step}/{len(iterable)}]", self.averages())
 
 
 def get_world_size():
