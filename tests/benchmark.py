@@ -6,6 +6,7 @@ DEIT_DIR names the DeiT to train with; without it, the miniature is used.
 import argparse
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -44,8 +45,8 @@ def main():
     """Run the parts asked for; print a line for each figure as it comes."""
     parts = {"converter": converter, "start": start, "run": run}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(parts), choices=[*parts, []],
-                        metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART",
+                        help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N",
                         help="runs of which the median counts (default: 5)")
     args = parser.parse_args()
@@ -64,22 +65,28 @@ def line(what, theirs, ours, unit):
     print(f"| {what} | {theirs:.3g} {unit} | {ours:.3g} {unit} | {theirs / ours:.2f} |", flush=True)
 
 
+def convert(source, target):
+    """What converts on the command line, after Python's name."""
+    return [conftest.ROOT / "convert_to_deit.py", "--input", source, "--output", target]
+
+
 def converter(folder, repeats):
     """ViT-Base with the optimizer's state, as MoCo v3 saves it."""
     source, target, copied = (folder / name for name in ("moco-v3.pth.tar", "out.pth", "copied"))
     generate.moco_checkpoint(source, width=768, depth=12, mlp_dim=4096, dim=256)
-    ours = [conftest.ROOT / "convert_to_deit.py", "--input", source, "--output"]
-    subprocess.run([sys.executable, *ours, copied], stdout=subprocess.DEVNULL, check=True)
-    ways = {"here": [*ours, target], "published": ["-c", AS_PUBLISHED, source, target],
+    subprocess.run([sys.executable, *convert(source, copied)], stdout=subprocess.DEVNULL)
+    ways = {"here": convert(source, target), "published": ["-c", AS_PUBLISHED, source, target],
             "floor": ["-c", FLOOR, copied, target]}
-    measured = {way: [] for way in ways}
+    seconds, memory = {way: [] for way in ways}, {way: [] for way in ways}
     for _ in range(repeats):
         for way, arguments in ways.items():
+            os.sync()
             source.read_bytes()  # each way finds it in the system's memory, as if just downloaded
-            measured[way].append(_watch(arguments))
+            watched = [sys.executable, "-S", "-c", WATCH, sys.executable, *arguments]
+            done = subprocess.run(watched, stdout=subprocess.PIPE, text=True, check=True)
+            for figures, figure in zip((seconds, memory), done.stdout.split()):
+                figures[way].append(float(figure))
             target.unlink()  # to free an old one takes longer than to write a new one
-    seconds, memory = ({way: [run[index] for run in runs] for way, runs in measured.items()}
-                       for index in (0, 1))
     line(f"converter, ViT-Base, {source.stat().st_size / 1e9:.2f} GB", seconds["published"],
          seconds["here"], "s")
     line("its peak memory", memory["published"], memory["here"], "GB")
@@ -87,55 +94,46 @@ def converter(folder, repeats):
          seconds["here"], "s")
 
 
-def _watch(arguments):
-    """Seconds and peak memory in GB of a Python process, with a disk that is at rest before."""
-    os.sync()
-    watched = [sys.executable, "-S", "-c", WATCH, sys.executable, *map(str, arguments)]
-    done = subprocess.run(watched, stdout=subprocess.PIPE, text=True, check=True)
-    return tuple(map(float, done.stdout.split()))
-
-
 def start(folder, repeats):
     """From the launch to the first step."""
-    ways = _ways(folder, "pets", epochs=1, classes=8, train_per_class=8, test_per_class=1)
+    generate.pets(folder / "data", classes=8, train_per_class=8)
     line("start, from the launch to the first step",
-         *_alternate(ways, repeats, until=b"Epoch: [0]"), "s")
+         *train(folder, "pets", repeats, epochs=1, until=b"Epoch: [0]"), "s")
 
 
 def run(folder, repeats):
     """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
-    ways = _ways(folder, "flowers", epochs=20, classes=16, train_per_class=2, test_per_class=12,
-                 size=PHOTO)
+    generate.flowers(folder / "data", classes=16, test_per_class=12, size=PHOTO)
     line("a run shaped like Flowers: 20 epochs, 32 train and 192 test images",
-         *_alternate(ways, repeats), "s")
+         *train(folder, "flowers", repeats, epochs=20), "s")
 
 
-def _ways(folder, recipe, epochs, **pictures):
-    """The published command and ours for the same run; published.py ignores our flags."""
-    getattr(generate, recipe)(folder / recipe, **pictures)
+def train(folder, recipe, repeats, epochs, until=None):
+    """Seconds of the published way and of ours, in turn: all, or until a line begins so."""
     generate.moco_checkpoint(folder / "moco-v3.pth.tar")
-    subprocess.run([sys.executable, conftest.ROOT / "convert_to_deit.py", "--input",
-                    folder / "moco-v3.pth.tar", "--output", folder / "converted.pth"],
+    subprocess.run([sys.executable, *convert(folder / "moco-v3.pth.tar", folder / "converted.pth")],
                    check=True, stdout=subprocess.DEVNULL)
     ours = conftest.command(
         recipe, "--model", "deit_tiny_patch16_224", "--input-size", "224", "--batch-size", "16",
-        "--epochs", epochs, "--resume", folder / "converted.pth", "--data-path", folder / recipe,
+        "--epochs", epochs, "--resume", folder / "converted.pth", "--data-path", folder / "data",
         "--output_dir", folder / "out", "--num_workers", "10", "--eval-freq", "10",
         "--save-freq", "10", "--overwrite")
-    return conftest.instead("published.py", ours, processes=2), ours
-
-
-def _alternate(ways, repeats, until=None):
-    """Seconds of each way, run in turn: to the end, or until it prints a line that begins so."""
+    environment = conftest.environment(processes=2)
+    complete = subprocess.run([*ours, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
+                              env=environment).stdout
+    published = str(conftest.ROOT / "tests" / "published.py")  # it ignores our flags
+    theirs = [published if word.endswith("/finetune.py") else word
+              for word in shlex.split(complete)]
     seconds = [], []
     for _ in range(repeats):
-        for command, measured in zip(ways, seconds):
+        for command, measured in zip((theirs, ours), seconds):
             began = time.perf_counter()
-            with subprocess.Popen(command, env=conftest.environment(processes=2),
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-                if until:
-                    next(printed for printed in process.stdout if printed.startswith(until))
-                    measured.append(time.perf_counter() - began)
+            with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL) as process:
+                for printed in process.stdout:
+                    if until and printed.startswith(until):
+                        measured.append(time.perf_counter() - began)
+                        break
                 process.stdout.read()
             if not until:
                 measured.append(time.perf_counter() - began)

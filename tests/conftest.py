@@ -1,22 +1,17 @@
-"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, launches and kills.
+"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, launches.
 
 The DeiT is the miniature in mini_deit/, or with DEIT_DIR set a real checkout. Most tests need one
 process and one era of the miniature (its HEAD); where two or all count, the test says so.
 """
-import contextlib
 import json
 import math
 import os
-import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import timm
 
 import forked
 import generate
@@ -26,14 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import convert_to_deit  # noqa: E402
 
-TIMM = tuple(map(int, re.findall(r"\d+", timm.__version__)[:3]))
 REAL_DEIT = os.environ.get("DEIT_DIR")
 DEIT = Path(REAL_DEIT or ROOT / "tests" / "mini_deit").resolve()
 MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
                        else ("deit_micro_patch16_224", 64, 2))
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
 ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
-RECIPES = ("cifar10", "cifar100", "flowers", "pets")
 TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
 
 
@@ -44,10 +37,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what is marked slow, unless all is asked for."""
-    if not config.getoption("--all"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: tests/run.sh --all"))
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: tests/run.sh --all"))
 
 
 @pytest.fixture(scope="session")
@@ -80,11 +72,13 @@ def flags(data, checkpoint, tmp_path):
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
 
 
+# Launches
+
+
 def environment(processes=1, era=None, **variables):
     """The environment of a launch: with DEIT, this Python, and ``variables``; None removes one."""
     known = {"DEIT_DIR": str(DEIT), "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes),
-             "PYTHONPATH": str(ROOT / "tests" / "any_cifar"), "MINI_DEIT_ERA": era,
-             "OMP_NUM_THREADS": "1"}
+             "MINI_DEIT_ERA": era}
     merged = {**os.environ, **known, **variables}
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -102,31 +96,22 @@ def launch(recipe, *flags, scripts=ROOT / "scripts", **variables):
                           timeout=300, env=environment(**variables))
 
 
-def dry_run(words, **variables):
-    """The command that ``words`` would run, in words, and the completed process that tells it."""
-    done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True,
-                          env=environment(**variables))
-    return shlex.split(done.stdout), done
-
-
-def instead(script, words, **variables):
-    """The command that ``words`` would run, with a ``script`` of tests/ instead of finetune.py."""
-    return [str(ROOT / "tests" / script) if word.endswith("/finetune.py") else word
-            for word in dry_run(words, **variables)[0]]
-
-
-def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, alone=False, **variables):
+def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, altered="", alone=False,
+         **variables):
     """What ``launch`` does, without torch's launcher and in a fraction of the time: see forked.py.
 
-    script: one of tests/ to run in the place of finetune.py; alone: without a process group.
+    script: one of tests/ to run in the place of finetune.py; altered: lines of Python to run before
+    it; alone: without a process group.
     """
-    words, done = dry_run(command(recipe, *flags, scripts=scripts), **variables)
+    done = launch(recipe, *flags, "--dry-run", scripts=scripts, **variables)
     if done.returncode:
         return done
+    words = shlex.split(done.stdout)
     start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
     alone = alone or "--nnodes" not in words[:start]  # as with --check
     return forked.run(ROOT / "tests" / script if script else words[start], words[start + 1:],
-                      environment(**variables), 0 if alone else variables.get("processes", 1))
+                      environment(**variables), 0 if alone else variables.get("processes", 1),
+                      altered)
 
 
 def train(recipe, *flags, **options):
@@ -136,28 +121,37 @@ def train(recipe, *flags, **options):
     return done
 
 
-def errors_of(stderr):
-    """The lines of a launch's stderr that are no warnings."""
-    return [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+def around_saving(before="", after=""):
+    """For ``fork``'s altered: what to do before and after a checkpoint is written.
+
+    Both are one line of Python each, which may use ``state`` and ``path``.
+    """
+    return f"""
+import os, resource, signal
+import convert_to_deit
+save = convert_to_deit.save
+def save_altered(state, path):
+    {before or "pass"}
+    save(state, path)
+    {after or "pass"}
+convert_to_deit.save = save_altered"""
 
 
 def error_of(done, status=2):
-    """The one line of a launch that failed with that exit status."""
-    lines = errors_of(done.stderr)
+    """The one line, besides warnings, of a launch that failed with that exit status."""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.returncode == status, done.stdout + done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+# What a run leaves
 
 
 def log_of(folder):
     """The lines of a run's log.txt, each a dict; invalid JSON fails."""
     lines = Path(folder, "log.txt").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
-
-
-def saved(path):
-    """The content of a checkpoint."""
-    return convert_to_deit.load(str(path))
 
 
 def rates_of(folder):
@@ -175,54 +169,6 @@ def expected_rates(epochs, warmup, peak, start=1e-6, end=1e-5):
     return [rate(max(0, epoch - 1)) for epoch in range(epochs)]
 
 
-# Launches that are under way, to be killed
-
-
-@contextlib.contextmanager
-def running(recipe, *flags, **variables):
-    """A launch that is under way; ended with all its processes when the block is left."""
-    process = subprocess.Popen(
-        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        universal_newlines=True, env=environment(**variables))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(condition, seconds=120, pause=0.05):
-    """Poll until ``condition()`` is true; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(pause)
-    raise AssertionError("waited in vain")
-
-
-def processes_of(folder):
-    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                line = (entry / "cmdline").read_bytes()
-                if b"finetune.py" in line and str(folder).encode() in line \
-                        and b"launcher.py" not in line:
-                    found.append(int(entry.name))
-    return found
-
-
-def kill_all(run, folder):
-    """``kill -9`` for every process of a launch, as when its machine goes down."""
-    for process in [run.pid, *processes_of(folder)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait_for(lambda: not processes_of(folder), seconds=20)
-
-
-def lines_in(log):
-    """How many lines ``log`` has; none if it is not there."""
-    return len(log.read_bytes().splitlines()) if log.exists() else 0
+def saved(path):
+    """The content of a checkpoint."""
+    return convert_to_deit.load(str(path))

@@ -6,6 +6,7 @@ versions and without a GPU is taken from the bundle. Run as ``finetune.py`` is; 
 does not have are left out.
 """
 import argparse
+import os
 import sys
 import types
 from pathlib import Path
@@ -19,20 +20,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from deit_plugin import checkout, cpu, versions  # noqa: E402
-
-CLASSES = {"cifar10": 10, "cifar100": 100, "flowers": 102, "pets": 37}
-
-
-def transform_for(is_train, size):
-    """The published transform, by torchvision alone."""
-    if is_train:
-        steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
-                 transforms.RandomHorizontalFlip()]
-    else:
-        steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
-        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+from deit_plugin import cpu, versions  # noqa: E402
 
 
 class Images(torch.utils.data.Dataset):
@@ -46,35 +34,39 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        return self.transform(Image.open(path).convert("RGB")), label
+        return self.transform(Image.open(path).convert("RGB")), int(label) - 1
 
 
-def flowers(root, is_train):
-    """(path, label) of each image."""
+def flowers(root, is_train, transform):
     labels = scipy.io.loadmat(str(root / "imagelabels.mat"))["labels"][0]
     splits = scipy.io.loadmat(str(root / "setid.mat"))
-    names = ("trnid", "valid") if is_train else ("tstid",)
-    ids = [int(number) for name in names for number in splits[name][0]]
-    return [(root / "jpg" / f"image_{number:05d}.jpg", int(labels[number - 1]) - 1)
-            for number in ids]
+    return Images([(root / "jpg" / f"image_{number:05d}.jpg", labels[number - 1])
+                   for name in (("trnid", "valid") if is_train else ("tstid",))
+                   for number in splits[name][0]], transform)
 
 
-def pets(root, is_train):
-    """(path, label) of each image."""
+def pets(root, is_train, transform):
     lines = (root / "annotations" / ("trainval.txt" if is_train else "test.txt")).read_text()
-    fields = [line.split() for line in lines.splitlines()]
-    return [(root / "images" / f"{name}.jpg", int(label) - 1) for name, label, *_ in fields]
+    return Images([(root / "images" / f"{name}.jpg", label)
+                   for name, label, *_ in map(str.split, lines.splitlines())], transform)
+
+
+DATA_SETS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "flowers": (flowers, 102),
+             "cifar100": (torchvision.datasets.CIFAR100, 100), "pets": (pets, 37)}
 
 
 def build_dataset(is_train, args):
     """The data set and its number of classes."""
-    transform, root = transform_for(is_train, args.input_size), Path(args.data_path)
-    if args.data_set.startswith("cifar"):
-        dataset = getattr(torchvision.datasets, args.data_set.upper())(root, is_train, transform)
+    size = args.input_size
+    if is_train:
+        steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
+                 transforms.RandomHorizontalFlip()]
     else:
-        samples = flowers if args.data_set == "flowers" else pets
-        dataset = Images(samples(root, is_train), transform)
-    return dataset, CLASSES[args.data_set]
+        steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
+    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
+        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    make, classes = DATA_SETS[args.data_set]
+    return make(Path(args.data_path), is_train, transform), classes
 
 
 def main():
@@ -83,13 +75,13 @@ def main():
     versions.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset
-    sys.path.insert(0, str(checkout.find()))
+    sys.path.insert(0, os.environ["DEIT_DIR"])
     import main as deit_main
 
     versions.skip_pretrained_cfg(deit_main)
     parser = argparse.ArgumentParser(parents=[deit_main.get_args_parser()],
                                      conflict_handler="resolve")
-    parser.add_argument("--data-set", choices=sorted(CLASSES))
+    parser.add_argument("--data-set", choices=sorted(DATA_SETS))
     args, _ = parser.parse_known_args()
     if args.device == "cpu":
         cpu.patch(deit_main)

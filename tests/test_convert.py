@@ -4,22 +4,19 @@ import argparse
 import errno
 import os
 import re
-import resource
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import convert_to_deit  # noqa: E402
-import generate  # noqa: E402
-from convert_to_deit import is_sine_cosine, load, main, recognise, save, whole_file  # noqa: E402
+import convert_to_deit
+import generate
+from conftest import ROOT
+from convert_to_deit import load, main, recognise
 
 SMALL = {"width": 64, "depth": 2, "mlp_dim": 16, "dim": 8}
 
@@ -43,10 +40,10 @@ def renamed(state, old, new):
     return {re.sub(old, new, name): tensor for name, tensor in state.items()}
 
 
-def run(folder, content, name="input.pth", **options):
+def run(folder, content, name="input.pth"):
     """Save the content and convert it; return the exit status and the path of the output."""
     if content is not None:
-        torch.save(content, str(folder / name), **options)
+        torch.save(content, str(folder / name))
     output = folder / "output.pth"
     return main(["--input", str(folder / name), "--output", str(output)]), output
 
@@ -69,15 +66,23 @@ def assert_same(expected, path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "", "_orig_mod.module.", "module._orig_mod."])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_moco_checkpoint_is_converted_bit_for_bit(tmp_path, capfd, prefix, zipped):
+@pytest.mark.parametrize("form", ["zip", "compressed", "legacy"])
+def test_moco_checkpoint_is_converted_bit_for_bit(tmp_path, capfd, prefix, form):
     content = generate.moco_checkpoint(tmp_path / "unused", prefix=prefix, **SMALL)
     odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40] * 16)
     content["state_dict"][prefix + "base_encoder.norm.bias"] = odd[:64]
-    status, output = run(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    path = str(tmp_path / "input.pth")
+    torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    if form == "compressed":  # torch itself would map it into memory and give wrong numbers
+        with zipfile.ZipFile(path) as stored:
+            members = {name: stored.read(name) for name in stored.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, member in members.items():
+                packed.writestr(name, member)
+    status, output = run(tmp_path, None)
     out, err = capfd.readouterr()
     assert (status, err) == (0, "")
-    assert "epoch 300" in out and "30 tensors" in out and "No model" in out
+    assert "epoch 300" in out and "30 tensors" in out
     start = prefix + "base_encoder."
     assert_same({name[len(start):]: tensor for name, tensor in content["state_dict"].items()
                  if name.startswith(start) and not name.startswith(start + "head.")}, output)
@@ -90,7 +95,8 @@ def test_moco_checkpoint_is_converted_bit_for_bit(tmp_path, capfd, prefix, zippe
     ({"state_dict": renamed(encoder("base_encoder."), r"blocks\.1\.", "blocks.1._orig_mod.")},
      "pre-training"),
     ({"state_dict": learned(encoder("base_encoder."))}, "pre-training"),
-], ids=["linear probe", "bare", "stem", "compiled blocks", "another table"])
+    (dict(encoder(), pos_embed=encoder()["pos_embed"].half()), "position embedding"),
+], ids=["linear probe", "bare", "stem", "compiled blocks", "another table", "half precision"])
 def test_other_files_with_moco_weights(tmp_path, capfd, content, words):
     status, output = run(tmp_path, content)
     assert status == 0 and words in capfd.readouterr().out
@@ -131,8 +137,7 @@ def test_misnamed_layers_of_vit_large_are_renamed(tmp_path, capfd):
     (768, 12, {}, "deit_base_patch16_224", "ViT-Base"),
     (1024, 24, {}, "vit_large_patch16_224", "ViT-Large"),
     (768, 12, {"pos_embed": (1, 577, 768)}, "deit_base_patch16_224", "input_size=384"),
-    (768, 12, {"patch_embed.proj.weight": (768, 3, 32, 32)}, None, "input_size=448"),
-    (768, 12, {"norm.bias": (767,)}, None, "norm.bias is (767,)"),
+    (768, 12, {"patch_embed.proj.weight": (768, 3, 32, 32)}, None, ""),
     (768, 12, {"pos_embed": (1, 198, 768)}, None, "pos_embed is (1, 198, 768)"),
     (768, 12, {"extra": (1,)}, None, "extra"),
 ])
@@ -153,7 +158,7 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"model": without_head(encoder())}, "converted already --resume"),
     ({"model": learned(encoder()), "optimizer": {}, "epoch": 3}, "fine-tuning run --resume"),
     ({"model": learned(encoder())}, "learned supervised"),
-    ({"state_dict": encoder("module.momentum_encoder.")}, "base_encoder cls_token"),
+    (dict(encoder(), pos_embed=encoder()["pos_embed"].roll(32, -1)), "learned supervised"),
     ({"state_dict": {"module.base_encoder.layer1.0.conv1.weight": torch.ones(1)}}, "ResNet"),
     ({"epoch": 3}, "base_encoder cls_token"),
     ([torch.ones(1)], "list"),
@@ -162,7 +167,6 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"state_dict": BROKEN}, "blocks.1.norm1.weight missing blocks.1.norm13.weight"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": 3}}, "norm.bias int"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": torch.ones(3)}}, "norm.bias (3,) (64,)"),
-    ({"state_dict": {**MOCO, "base_encoder.fc.bias": torch.ones(3)}}, "fc.bias"),
 ])
 def test_what_is_no_moco_vit_is_refused_with_its_reason(tmp_path, capfd, content, words):
     line = refusal(capfd, run(tmp_path, content)[0], tmp_path)
@@ -174,7 +178,6 @@ def test_what_is_no_moco_vit_is_refused_with_its_reason(tmp_path, capfd, content
 @pytest.mark.parametrize("content, words", [
     (b"", "empty"), (b"<!DOCTYPE html><p>404", "web page"), (b"junk" * 9, "no PyTorch checkpoint"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
-    (b"\x80\x02}q\x00", "no PyTorch checkpoint"), (b"PK\x03\x04", "cut short"),
 ])
 def test_what_is_no_checkpoint_is_to_be_downloaded_again(tmp_path, capfd, content, words):
     (tmp_path / "input.pth").write_bytes(content)
@@ -192,17 +195,6 @@ def test_damage_is_refused(tmp_path, capfd):
             (tmp_path / "input.pth").write_bytes(damaged)
             line = refusal(capfd, run(tmp_path, None)[0], tmp_path)
             assert "damaged" in line and "download it again" in line
-
-
-def test_a_compressed_checkpoint_is_read_rightly(tmp_path):
-    torch.save(encoder(), str(tmp_path / "stored"))
-    with zipfile.ZipFile(str(tmp_path / "stored")) as stored, \
-            zipfile.ZipFile(str(tmp_path / "input.pth"), "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in stored.namelist():
-            packed.writestr(name, stored.read(name))
-    status, output = run(tmp_path, None)
-    assert status == 0
-    assert_same(without_head(encoder()), output)
 
 
 class RunsCode:
@@ -234,41 +226,23 @@ def test_harmless_extras_are_read(tmp_path):
     assert content["scalars"] == scalars and content["args"] == args
 
 
-def fail(error):
-    raise error
-
-
-@pytest.mark.parametrize("fsync, limit, status, words", [
-    (lambda _: fail(OSError(errno.ENOSPC, "no space")), 10**9, 1, "disk full"),
-    (lambda _: fail(KeyboardInterrupt()), 10**9, 130, "interrupted"),
-    (os.fsync, 99999, 1, "File too large"),
-])
-def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch,
-                                           fsync, limit, status, words):
+@pytest.mark.parametrize("error, status, words", [
+    (OSError(errno.ENOSPC, "no space"), 1, "disk full"), (KeyboardInterrupt(), 130, "interrupted")])
+def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, error, status, words):
     (tmp_path / "output.pth").write_text("old")
-    torch.save(MOCO, str(tmp_path / "input.pth"))
-    monkeypatch.setattr(os, "fsync", fsync)
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))  # as ulimit -f
-    try:
-        assert run(tmp_path, None)[0] == status
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=error))
+    assert run(tmp_path, MOCO)[0] == status
     err = capfd.readouterr().err
     assert words in err and err.count("\n") == 1
     assert (tmp_path / "output.pth").read_text() == "old"
     assert sorted(os.listdir(str(tmp_path))) == ["input.pth", "output.pth"]
 
 
-def test_whole_file_makes_the_folder_and_follows_a_link(tmp_path):
-    path = tmp_path / "new" / "folder" / "file"
-    with whole_file(str(path)) as file:
-        file.write(b"whole")
-        assert os.listdir(str(path.parent)) == [f".file.{os.getpid()}.tmp"]
-    assert path.read_bytes() == b"whole"
-    (tmp_path / "link").symlink_to(path)
-    assert save({"model": 3}, str(tmp_path / "link")) == path.stat().st_size
-    assert load(str(path)) == {"model": 3} and (tmp_path / "link").is_symlink()
+def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
+    (tmp_path / "output.pth").symlink_to(tmp_path / "new" / "model.pth")
+    status, output = run(tmp_path, MOCO)
+    assert status == 0 and output.is_symlink()
+    assert_same(renamed(MOCO, r"base_encoder\.", ""), tmp_path / "new" / "model.pth")
 
 
 @pytest.mark.parametrize("source, target, words", [
@@ -290,11 +264,3 @@ def test_without_torch_there_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "convert_to_deit.py")], capture_output=True,
                           env=dict(os.environ, PYTHONPATH=str(tmp_path)))
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"install" in done.stderr
-
-
-def test_only_moco_s_fixed_table_counts_as_such():
-    table = generate.sin_cos_table(64, 14)
-    assert is_sine_cosine(table) and is_sine_cosine(table.half())
-    row_and_column_exchanged = torch.cat([table[..., 32:], table[..., :32]], dim=-1)
-    for other in (row_and_column_exchanged, table + 0.01, table[:, 1:], table[0], table[:, :0]):
-        assert not is_sine_cosine(other)

@@ -2,7 +2,6 @@
 
 That a killed run continues as if it had never stopped is in test_journey.py, for all recipes.
 """
-import importlib.util
 import os
 import random
 import re
@@ -13,22 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import (
-    error_of,
-    errors_of,
-    fork,
-    kill_all,
-    lines_in,
-    log_of,
-    processes_of,
-    rates_of,
-    running,
-    saved,
-    train,
-    wait_for,
-)
+from conftest import around_saving, error_of, fork, log_of, rates_of, saved, train
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
-IS_OLD = importlib.util.find_spec("torch.distributed.run") is None  # torch before 1.9
 LONG = ["--epochs", "500", "--save-freq", "100"]  # longer than any test
 
 
@@ -37,44 +23,36 @@ def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path
     """And every data worker."""
     flags = [*flags, *LONG, "--num_workers", "1"]
     with running("pets", *flags, processes=processes) as run:
-        wait_for(lambda: lines_in(tmp_path / "run" / "log.txt") >= 1)
+        wait_for_epochs(tmp_path / "run")
         assert len(processes_of(tmp_path)) >= 2 * processes
         if name == "SIGTERM":
             assert "another run" in error_of(fork("pets", *flags))
         run.send_signal(getattr(signal, name))
-        wait_for(lambda: not processes_of(tmp_path), seconds=15)
-        _, stderr = run.communicate(timeout=20)
-        assert "Traceback" not in stderr
+        wait_for(lambda: not processes_of(tmp_path), seconds=20)
+        assert "Traceback" not in end_of(run).stderr
 
 
 def test_a_rank_that_is_killed_is_named(flags, tmp_path):
     with running("pets", *flags, *LONG, processes=2) as run:
-        wait_for(lambda: lines_in(tmp_path / "run" / "log.txt") >= 1)
+        wait_for_epochs(tmp_path / "run")
         os.kill(max(processes_of(tmp_path)), signal.SIGKILL)
-        _, stderr = run.communicate(timeout=30)
-    assert run.returncode not in (0, 2, None)
-    if not IS_OLD:  # whose launcher waits for rank 0 first, which has lost its peer
-        assert "SIGKILL" in stderr and "Traceback" not in stderr
+        done = end_of(run)
+    assert done.returncode not in (0, 2)
+    assert "SIGKILL" in done.stderr and "Traceback" not in done.stderr
     assert not processes_of(tmp_path)
 
 
 def test_a_data_worker_that_is_killed_is_named(flags, tmp_path):
     """As the system kills one when memory runs out."""
     with running("pets", *flags, *LONG, "--num_workers", "1") as run:
-        wait_for(lambda: lines_in(tmp_path / "run" / "log.txt") >= 1)
-        processes = processes_of(tmp_path)
-        os.kill(next(process for process in processes if parent(process) in processes),
-                signal.SIGKILL)
-        _, stderr = run.communicate(timeout=30)
-    errors = errors_of(stderr)
-    assert run.returncode == 1 and len(errors) == 1, stderr
-    assert "DataLoader worker" in errors[0] and "--num_workers" in errors[0]
+        wait_for_epochs(tmp_path / "run")
+        ours = processes_of(tmp_path)
+        parents = {process: int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+                                .split()[1]) for process in ours}
+        os.kill(next(process for process in ours if parents[process] in ours), signal.SIGKILL)
+        line = error_of(end_of(run), status=1)
+    assert "DataLoader worker" in line and "--num_workers" in line
     assert not processes_of(tmp_path)
-
-
-def parent(process):
-    """The process id of a process's parent."""
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
@@ -98,49 +76,34 @@ def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
     assert len(log_of(run)) == 1 and (run / "log.txt.old").exists()
 
 
-def altered_after_first_epoch(lines):
-    """Python lines for altered.py: run ``lines`` before the second epoch's checkpoint is saved."""
-    return f"""
-from deit_plugin.output import RunFolder
-save = RunFolder.save
-def save_or_fail(self, name, state):
-    if state["epoch"] == 1:
-        {lines}
-    save(self, name, state)
-RunFolder.save = save_or_fail"""
-
-
 @pytest.mark.parametrize("fails, says", [
     # A limit on the size of files stands for the full disk: both fail a write in torch's C++.
-    ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))", "too large"),
+    ("resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))", "too large"),
     ("os.fsync = lambda _: os.write(os.open('/dev/full', os.O_WRONLY), b'x')",
      "disk full|No space"),
 ])
 def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_path):
-    done = fork("pets", *flags, "--epochs", "3", script="altered.py",
-                ALTERED=altered_after_first_epoch(fails))
+    run, flags = tmp_path / "run", [*flags, "--epochs", "3"]
+    done = fork("pets", *flags, altered=around_saving(before=f"if state['epoch'] == 1: {fails}"))
     line = error_of(done, status=1)
     assert re.search(says, line) and "checkpoint.pth" in line
-    assert saved(tmp_path / "run" / "checkpoint.pth")["epoch"] == 0
-    assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob(".*.tmp"))
-    assert len(log_of(tmp_path / "run")) == 2
-    train("pets", *flags, "--epochs", "3")
-    assert [row["epoch"] for row in log_of(tmp_path / "run")] == [0, 1, 2]
+    assert saved(run / "checkpoint.pth")["epoch"] == 0 and len(log_of(run)) == 2
+    assert not list(run.glob("*.tmp")) + list(run.glob(".*.tmp"))
+    train("pets", *flags)
+    assert [row["epoch"] for row in log_of(run)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_broken_image_is_named(workers, data, flags, tmp_path):
-    broken = tmp_path / "pets"
-    shutil.copytree(data / "pets", broken)
-    victim = sorted((broken / "images").glob("*.jpg"))[5]
+    shutil.copytree(data / "pets", tmp_path / "pets")
+    victim = sorted((tmp_path / "pets" / "images").glob("*.jpg"))[5]
     victim.write_bytes(victim.read_bytes()[:300])
-    done = fork("pets", *flags, "--data-path", broken, "--num_workers", workers)
+    done = fork("pets", *flags, "--data-path", tmp_path / "pets", "--num_workers", workers)
     assert str(victim) in error_of(done, status=1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
-    done = fork("pets", *flags, "--lr", "1e30", "--warmup-epochs", "0")
-    line = error_of(done, status=1)
+    line = error_of(fork("pets", *flags, "--lr", "1e30", "--warmup-epochs", "0"), status=1)
     assert "not finite" in line and "--lr" in line
 
 
@@ -158,13 +121,16 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_never_stopped(flags, tm
     flags = [*flags, "--epochs", EPOCHS, "--warmup-epochs", "2"]
     began = time.monotonic()
     with running("pets", *flags, "--output_dir", whole, processes=2) as run:
-        run.communicate()
+        end_of(run, timeout=300)
     lifetime = time.monotonic() - began
     moments, in_a_save = random.Random(0), 0
     for kill in range(KILLS):
         with running("pets", *flags, "--output_dir", killed, processes=2) as run:
-            moment = began_saving if kill % 4 == 0 else after(moments.uniform(0, lifetime))
-            wait_for(lambda: moment(killed) or run.poll() is not None, pause=0)  # noqa: B023
+            if kill % 4 == 0:
+                wait_for(lambda: list(killed.glob(".checkpoint.pth.*.tmp"))
+                         or run.poll() is not None, pause=0)  # noqa: B023 (called here only)
+            else:
+                time.sleep(moments.uniform(0, lifetime))
             kill_all(run, killed)
         in_a_save += bool(list(killed.glob(".*.tmp")))
         copy = tmp_path / f"copy {kill}"
@@ -179,14 +145,3 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_never_stopped(flags, tm
             shutil.rmtree(killed)  # not to kill at the end of the run only
     print(f"{KILLS} kills, {in_a_save} of them left a file half written")
     assert in_a_save
-
-
-def began_saving(folder):
-    """Whether a checkpoint is being written."""
-    return list(folder.glob(".checkpoint.pth.*.tmp"))
-
-
-def after(seconds):
-    """A condition that is true from ``seconds`` from now on."""
-    moment = time.monotonic() + seconds
-    return lambda folder: time.monotonic() > moment

@@ -7,35 +7,27 @@ import torch
 
 from conftest import (
     ERAS,
-    REAL_DEIT,
-    RECIPES,
+    MODEL,
+    ROOT,
     TRAIN_IMAGES,
+    around_saving,
     expected_rates,
     fork,
-    kill_all,
     log_of,
     rates_of,
-    running,
     saved,
     train,
-    wait_for,
 )
+from underway import end_of, kill_all, running, wait_for
 
-EPOCHS, WARMUP = 5 if REAL_DEIT else 12, 2  # of some 100 ms each in the miniature: time to kill
+# Of some 100 ms each in the miniature: time to kill.
+EPOCHS, WARMUP = 12 if "micro" in MODEL else 5, 2
 # Each recipe and each DeiT occur at least once; with --all, or one DeiT named, all occur.
 DEFAULT = (("cifar10", "2020"), ("cifar100", "2021"), ("flowers", "2020"), ("pets", "head"))
 ALL = [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in DEFAULT
-                    else pytest.mark.slow) for era in ERAS for recipe in RECIPES]
-# For altered.py: kill -9 when the first epoch's checkpoint has been written, without a launcher.
-KILLED = """
-import signal
-from deit_plugin.output import RunFolder
-save = RunFolder.save
-def save_and_die(self, name, state):
-    save(self, name, state)
-    if name == "checkpoint.pth" and self.writes:
-        os.kill(os.getpid(), signal.SIGKILL)
-RunFolder.save = save_and_die"""
+                    else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
+KILLED = around_saving(
+    after="if path.endswith('/checkpoint.pth'): os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def noise(stderr):
@@ -49,20 +41,20 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
              "--epochs", EPOCHS, "--warmup-epochs", WARMUP, "--eval-freq", "2",
              "--num_workers", "1"]
     options = {"era": era, "processes": 2}
-    if recipe == "pets" or request.config.getoption("--all"):
-        with running(recipe, *flags, **options) as run:
+    if recipe == "pets" or request.config.getoption("--all"):  # by the launcher
+        any_cifar = str(ROOT / "tests" / "any_cifar")
+        with running(recipe, *flags, **options, PYTHONPATH=any_cifar) as run:
             wait_for((tmp_path / "checkpoint.pth").exists, seconds=300)
             kill_all(run, tmp_path)
-            stdout, stderr = run.communicate()
+            killed = end_of(run)
     else:
-        killed = fork(recipe, *flags, **options, script="altered.py", ALTERED=KILLED)
-        stdout, stderr = killed.stdout, killed.stderr
+        killed = fork(recipe, *flags, **options, altered=KILLED)
         assert killed.returncode == -signal.SIGKILL
     for said in (f"on {recipe}: {TRAIN_IMAGES[recipe]} train and 21 test images",
                  "16 = 2 processes x 8 images", "3 steps", str(checkpoint), "head is new"):
-        assert said in stdout
-    assert stdout.count("Fine-tuning") == 1  # by rank 0 alone
-    assert noise(stderr) == []
+        assert said in killed.stdout
+    assert killed.stdout.count("Fine-tuning") == 1  # by rank 0 alone
+    assert noise(killed.stderr) == []
 
     state = saved(tmp_path / "checkpoint.pth")
     trained = state["epoch"] + 1

@@ -2,45 +2,32 @@
 
 REAL_SLURM=1 also submits a job to the Slurm of this machine, which takes some minutes.
 """
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from conftest import (
-    ROOT,
-    command,
-    environment,
-    lines_in,
-    log_of,
-    processes_of,
-    running,
-    train,
-    wait_for,
-)
+from conftest import ROOT, command, environment, log_of, train
 from forked import free_port
+from underway import end_of, processes_of, running, wait_for, wait_for_epochs
 
 
-@contextlib.contextmanager
-def two_nodes(*flags):
-    """A launch on each of two nodes, one process each; ended when the block is left."""
+def two_nodes():
+    """The environment of a launch on each of two nodes."""
     shared = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with running("pets", *flags, NODE_RANK="0", **shared) as first, \
-            running("pets", *flags, NODE_RANK="1", **shared) as second:
-        yield first, second
+    return [{"NODE_RANK": rank, **shared} for rank in "01"]
 
 
 def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
-    with two_nodes(*flags) as nodes:
-        outputs, errors = zip(*(node.communicate(timeout=120) for node in nodes))
-    assert [node.returncode for node in nodes] == [0, 0], errors
-    assert "16 = 2 processes x 8 images" in outputs[0]
-    assert "Fine-tuning" not in outputs[1]  # one node speaks for all
+    first, second = two_nodes()
+    with running("pets", *flags, **first) as run, running("pets", *flags, **second) as other:
+        done = [end_of(node, timeout=120) for node in (run, other)]
+    assert [node.returncode for node in done] == [0, 0], done
+    assert "16 = 2 processes x 8 images" in done[0].stdout
+    assert "Fine-tuning" not in done[1].stdout  # one node speaks for all
     train("pets", *flags, "--output_dir", tmp_path / "one", processes=2)
     logs = [[{name: value for name, value in row.items() if "seconds" not in name}
              for row in log_of(tmp_path / name)] for name in ("run", "one")]
@@ -49,28 +36,18 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_goes_down_ends_the_other(flags, tmp_path):
-    with two_nodes(*flags, "--epochs", "500") as (first, second):
-        wait_for(lambda: lines_in(tmp_path / "run" / "log.txt") >= 1)
+    flags = [*flags, "--epochs", "500"]
+    first, second = two_nodes()
+    with running("pets", *flags, **first) as run, running("pets", *flags, **second) as other:
+        wait_for_epochs(tmp_path / "run")
         of_second = [process for process in processes_of(tmp_path) if b"NODE_RANK=1"
                      in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")]
-        for process in [second.pid, *of_second]:
+        for process in [other.pid, *of_second]:
             os.kill(process, signal.SIGKILL)
-        _, stderr = first.communicate(timeout=60)
-        assert first.returncode not in (0, None)
-        assert "onnection" in stderr  # is lost, which is all that this node can know
-        wait_for(lambda: not processes_of(tmp_path), seconds=15)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1, 8])
-def test_a_node_that_waits_for_the_first_ends_when_told(seconds, flags, tmp_path):
-    with running("pets", *flags, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1",
-                 MASTER_PORT=str(free_port())) as waiting:
-        time.sleep(seconds)  # while it imports torch; when it waits in vain
-        waiting.send_signal(signal.SIGTERM)
-        _, stderr = waiting.communicate(timeout=15)
-        assert waiting.returncode in (143, -signal.SIGTERM) and "Traceback" not in stderr
-        wait_for(lambda: not processes_of(tmp_path), seconds=15)
+        done = end_of(run)
+        assert done.returncode != 0
+        assert "onnection" in done.stderr  # is lost, which is all that this node can know
+        wait_for(lambda: not processes_of(tmp_path), seconds=20)
 
 
 STAND_INS = {
@@ -99,7 +76,7 @@ STAND_INS = {
 def slurm(tmp_path):
     """slurm(*arguments, **variables) starts slurm.sh as job 123456 of two nodes with 4 GPUs each.
 
-    Returns the Popen; ``requeued`` in tmp_path has the ids of the jobs that were re-queued.
+    Returns the Popen; "requeued" in tmp_path has the ids of the jobs that were re-queued.
     """
     for name, lines in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
@@ -120,10 +97,9 @@ def slurm(tmp_path):
 
 
 def test_slurm_job_runs_the_recipe_on_every_node(slurm):
-    job = slurm("pets", "--resume", "a b.pth", "--batch-size", "256", PYTHON="show")
-    out, err = job.communicate(timeout=30)
-    lines = out.splitlines()
-    assert (job.returncode, err, len(lines)) == (0, "", 2)
+    done = end_of(slurm("pets", "--resume", "a b.pth", "--batch-size", "256", PYTHON="show"))
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, len(lines)) == (0, "", 2)
     for rank, line in enumerate(lines):
         assert (f"--nproc_per_node 4 --nnodes 2 --node_rank {rank} --master_addr node-a "
                 "--master_port 13456 ") in line
@@ -135,30 +111,26 @@ def test_slurm_job_requeues_itself_when_its_time_is_nearly_up(slurm, tmp_path):
     wait_for((tmp_path / "started").exists, seconds=20)
     assert "#SBATCH --signal=B:USR1@" in (tmp_path / "slurm_script").read_text()
     job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=30)
-    assert job.returncode == 143 and "continue from checkpoint.pth" in out
+    done = end_of(job)
+    assert done.returncode == 143 and "continue from checkpoint.pth" in done.stdout
     assert (tmp_path / "requeued").read_text().split() == ["123456"]
 
 
 @pytest.mark.parametrize("preempted", ["2030-01-31T12:00:00", "None"])
 def test_slurm_job_that_ends_early_is_requeued_only_if_preempted(preempted, slurm, tmp_path):
-    job = slurm("pets", PREEMPTED=preempted, FAILS="yes")
-    job.communicate(timeout=30)
-    assert job.returncode == 143
+    assert end_of(slurm("pets", PREEMPTED=preempted, FAILS="yes")).returncode == 143
     assert (tmp_path / "requeued").exists() == (preempted != "None")
 
 
 @pytest.mark.parametrize("arguments, variables, says", [
-    (["dogs"], {}, "'dogs'"), ([], {}, "no recipe ''"),
-    (["pets", "--overwrite"], {}, "--overwrite"),
+    (["dogs"], {}, "'dogs'"), (["pets", "--overwrite"], {}, "--overwrite"),
     (["pets"], {"SLURM_JOB_ID": None}, "no Slurm job"),
     (["pets"], {"SUBMITTED": "/elsewhere/slurm.sh"}, "/elsewhere/slurm.sh"),
 ])
 def test_slurm_job_that_cannot_run_says_why(arguments, variables, says, slurm, tmp_path):
-    job = slurm(*arguments, **variables)
-    out, err = job.communicate(timeout=30)
-    assert (job.returncode, out) == (2, "")
-    assert err.startswith("error: ") and says in err and "usage: sbatch" in err
+    done = end_of(slurm(*arguments, **variables))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and says in done.stderr
     assert not (tmp_path / "started").exists()
 
 
@@ -169,9 +141,8 @@ def test_a_requeued_job_of_a_real_slurm_continues(flags, tmp_path):
     job = subprocess.run(["sbatch", *asked, *command("pets", *flags, "--epochs", "200")[1:]],
                          stdout=subprocess.PIPE, text=True, check=True,
                          env=environment(2)).stdout.strip()
-    log = tmp_path / "run" / "log.txt"
-    wait_for(lambda: lines_in(log) >= 3)
+    wait_for_epochs(tmp_path / "run", 3)
     subprocess.run(["scontrol", "requeue", job], check=True)
-    wait_for(lambda: lines_in(log) == 200, seconds=500)
+    wait_for_epochs(tmp_path / "run", 200, seconds=500)
     assert "comes next" in (tmp_path / "job").read_text()
     assert [row["epoch"] for row in log_of(tmp_path / "run")] == list(range(200))

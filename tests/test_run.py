@@ -2,14 +2,12 @@
 import argparse
 import json
 import re
-import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from conftest import ERAS, MODEL, error_of, fork, log_of, saved, train
+import generate
+from conftest import ERAS, MODEL, around_saving, error_of, fork, log_of, saved, train
 
 PUBLISHED = [pytest.param(recipe, era, marks=[] if (recipe, era) in (
     ("cifar10", ERAS[-1]), ("pets", ERAS[-1])) else pytest.mark.slow)
@@ -31,7 +29,7 @@ def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, flags, 
 
 def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     folder = tmp_path / "run"
-    done = train("pets", *flags, "--epochs", "2", "--weight-decay", "0.2")
+    done = train("pets", *flags, "--weight-decay", "0.2")
     assert done.stdout.count(": test accuracy") == 2  # said once for each evaluation
     assert "Accuracy of the network" not in done.stdout and "Namespace" not in done.stdout
     assert "8 = 1 process x 8 images" in done.stdout and "--accum-iter 128" in done.stdout
@@ -53,17 +51,12 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
         assert differs in facts["differs"] and differs in done.stdout
     assert not any("--lr" in text or "--drop-path" in text for text in facts["differs"])
 
-    start, state = saved(checkpoint)["model"], saved(folder / "checkpoint.pth")
-    for name in start.keys() - {"pos_embed"}:  # which is resampled to the input size here
-        assert torch.allclose(state["model_ema"][name], start[name], atol=1e-6), name
-    assert state["epoch"] == 1 and "optimizer" in state
 
-
-@pytest.mark.parametrize("era", [era for era in ERAS if era != ERAS[-1]] or ERAS)
+@pytest.mark.parametrize("era", ERAS)
 def test_weight_average_starts_from_the_checkpoint(era, flags, checkpoint, tmp_path):
     train("pets", *flags, "--epochs", "1", era=era)
     start, state = saved(checkpoint)["model"], saved(tmp_path / "run" / "checkpoint.pth")
-    for name in start.keys() - {"pos_embed"}:
+    for name in start.keys() - {"pos_embed"}:  # which is resampled to the input size here
         assert torch.allclose(state["model_ema"][name], start[name], atol=1e-6), name
 
 
@@ -101,10 +94,8 @@ def test_evaluation_counts_every_image_once_for_any_number_of_processes(processe
 def test_a_checkpoint_of_plain_deit_can_be_evaluated(data, tuned, tmp_path):
     path = tmp_path / "deit.pth"
     torch.save({**saved(tuned / "checkpoint.pth"), "args": argparse.Namespace(lr=1e-3)}, path)
-    flags = ["--eval", "--data-path", data / "pets", "--resume"]
-    said = [re.findall("test accuracy.*", train("pets", *flags, file).stdout)
-            for file in (path, tuned / "checkpoint.pth")]
-    assert said[0] == said[1] and len(said[0]) == 1
+    done = train("pets", "--eval", "--data-path", data / "pets", "--resume", path)
+    assert f"test accuracy {log_of(tuned)[0]['test_acc1']:.2f} %" in done.stdout
 
 
 def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
@@ -116,53 +107,25 @@ def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
     assert [row["epoch"] for row in log_of(tmp_path)] == [1]
 
 
-# Own images
-
-
-@pytest.fixture
-def own(tmp_path):
-    """A folder of images of three classes, for --data-set folder."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for name in ("ant", "bee", "cow"):
-            (tmp_path / "own" / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "own" / split / name / f"{number}.jpg")
-    return tmp_path / "own"
-
-
-def test_own_images_train_continue_and_evaluate(own, flags, tmp_path):
-    run = tmp_path / "run"
+def test_own_images_train_continue_and_evaluate(flags, tmp_path):
+    run, own = tmp_path / "run", tmp_path / "own"
+    generate.images(own)
     flags = [*flags, "--data-set", "folder", "--data-path", own]
     check = fork("pets", *flags, "--check")
     assert check.returncode == 0 and "18 train and 6 test images" in check.stdout
-    stopped = fork("pets", *flags, script="altered.py", ALTERED="""
-from deit_plugin import run
-say, run.Run._say_progress = run.Run._say_progress, lambda *_: sys.exit(3)""")
-    assert stopped.returncode == 3  # in the first epoch, before anything was saved
+    assert fork("pets", *flags, altered=around_saving("os._exit(3)")).returncode == 3
     train("pets", *flags, "--epochs", "1")
     assert "nothing left" in train("pets", *flags, "--epochs", "1").stdout
     assert "on folder: 18 train and 6 test images, 3 classes" in train(
         "pets", *flags, "--overwrite").stdout
     assert json.loads((run / "run.json").read_text())["classes"] == ["ant", "bee", "cow"]
     assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
-    done = train("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")
-    assert "on 6 images" in done.stdout
-    other = fork("pets", *flags, "--eval", "--resume", run / "checkpoint.pth", "--model",
-                 "deit_tiny_patch16_224")
+    evaluate = [*flags, "--eval", "--resume", run / "checkpoint.pth"]
+    assert "on 6 images" in train("pets", *evaluate).stdout
+    other = fork("pets", *evaluate, "--model", "deit_tiny_patch16_224")
     assert f"is of a run with --model {MODEL}" in error_of(other)
     for split in ("train", "val"):
         (own / split / "ant").rename(own / split / "zebra")
-    evaluated = fork("pets", *flags, "--eval", "--resume", run / "checkpoint.pth")
-    assert "other classes, ant, bee, cow" in error_of(evaluated)
-
-
-@pytest.mark.parametrize("wrong, says", [
-    (lambda own: (own / "val").rename(own / "other"), "val"),
-    (lambda own: shutil.rmtree(own / "val" / "bee"), "bee"),
-    (lambda own: [path.unlink() for path in (own / "train" / "cow").glob("*")], "cow"),
-])
-def test_own_images_in_a_wrong_layout_are_refused(wrong, says, own, flags):
-    wrong(own)
-    assert says in error_of(fork("pets", *flags, "--data-set", "folder", "--data-path", own))
+    assert "other classes, ant, bee, cow" in error_of(fork("pets", *evaluate))
+    (own / "val" / "bee").rename(own / "bee")
+    assert "bee" in error_of(fork("pets", *flags, "--output_dir", tmp_path / "new"))

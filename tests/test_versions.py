@@ -1,10 +1,13 @@
 """Each patch is needed where its docstring says, and only there; what does not fit is named."""
+import re
 import shutil
 
 import pytest
+import timm
 
-from conftest import DEIT, TIMM, error_of, fork
+from conftest import DEIT, error_of, fork
 
+TIMM = tuple(map(int, re.findall(r"\d+", timm.__version__)[:3]))
 IS_HEAD = (DEIT / "augment.py").exists()
 
 # Patch: whether this stack needs it, and what is said without it.
@@ -24,20 +27,16 @@ PATCHES = {
 @pytest.mark.parametrize("name", PATCHES)
 def test_patch_is_needed_where_it_says_and_only_there(name, flags):
     needed, says = PATCHES[name]
-    module, function = name.split(".")
-    without = (f"from deit_plugin import {module}\n"
+    without = (f"from deit_plugin import {name.split('.')[0]}\n"
                f"assert callable({name}); {name} = lambda *_: None")
-    done = fork("pets", *flags, "--epochs", "1", script="altered.py", ALTERED=without)
+    done = fork("pets", *flags, "--epochs", "1", altered=without)
     noted = says.lower() in done.stderr.lower()
     assert noted if needed else done.returncode == 0 and not noted, done.stderr
 
 
-@pytest.mark.parametrize("file, before, after, says", [
-    ("engine.py", "import utils", "import no_such_module", "no_such_module"),
-    ("models.py", "import timm", "from timm import gone", "with torch"),
-])
-def test_a_deit_that_does_not_fit_is_named_in_one_line(file, before, after, says, flags, tmp_path):
+def test_a_deit_that_cannot_be_imported_is_named_in_one_line(flags, tmp_path):
     shutil.copytree(DEIT, tmp_path / "deit", ignore=shutil.ignore_patterns(".git", "__pycache__"))
-    changed = tmp_path / "deit" / file
-    changed.write_text(changed.read_text().replace(before, after, 1))
-    assert says in error_of(fork("pets", *flags, DEIT_DIR=str(tmp_path / "deit")))
+    models = tmp_path / "deit" / "models.py"
+    models.write_text("from timm import gone\n" + models.read_text())
+    line = error_of(fork("pets", *flags, DEIT_DIR=str(tmp_path / "deit")))
+    assert "gone" in line and "with torch" in line and str(tmp_path / "deit") in line

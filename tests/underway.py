@@ -1,0 +1,65 @@
+"""Launches that are under way, to be killed."""
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from conftest import command, environment
+
+
+@contextlib.contextmanager
+def running(recipe, *flags, **variables):
+    """A launch that is under way; ended with all its processes when the block is left."""
+    process = subprocess.Popen(
+        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, env=environment(**variables))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def end_of(run, timeout=60):
+    """Wait for the end of a launch that is under way; the completed process."""
+    output = run.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(run.args, run.returncode, *output)
+
+
+def wait_for(condition, seconds=120, pause=0.05):
+    """Poll until ``condition()`` is true; its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(pause)
+    raise AssertionError("waited in vain")
+
+
+def wait_for_epochs(folder, epochs=1, seconds=120):
+    """Until the log of the run in ``folder`` has that many lines."""
+    log = folder / "log.txt"
+    wait_for(lambda: log.exists() and len(log.read_bytes().splitlines()) >= epochs, seconds)
+
+
+def processes_of(folder):
+    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes()
+            if (b"finetune.py" in line and str(folder).encode() in line
+                    and b"launcher.py" not in line):
+                found.append(int(entry.name))
+    return found
+
+
+def kill_all(run, folder):
+    """``kill -9`` for every process of a launch, as when its machine goes down."""
+    for process in [run.pid, *processes_of(folder)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    wait_for(lambda: not processes_of(folder), seconds=20)
