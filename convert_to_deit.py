@@ -58,10 +58,10 @@ def load(path: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        safe = {"weights_only": True, "mmap": _check(path, start)} if SAFE_AND_MAPPED else {}
+        safe = {"weights_only": True, "mmap": _check(path, start)}
         with warnings.catch_warnings(), _harmless_extras():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", **safe)
+            return torch.load(path, map_location="cpu", **(safe if SAFE_AND_MAPPED else {}))
     except CheckpointError as error:
         problem = str(error)
     except OSError as error:

@@ -1,6 +1,7 @@
 """DeiT's `build_dataset` for CIFAR, Oxford Flowers-102, Oxford-IIIT Pets and folders of images."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -101,11 +102,15 @@ def _cifar(cifar: Any) -> DataSet:
 
     def build(root, train, transform, download):
         try:
-            return cifar(root, train, transform, download=download)
+            return cifar(root, train, transform)
         except RuntimeError as error:
-            for name in layout:
-                os.stat(os.path.join(root, name))  # raises FileNotFoundError
+            absent = [path for path in layout if not os.path.exists(os.path.join(root, path))]
+            if absent and download:
+                return cifar(root, train, transform, download=True)
             folder = os.path.join(root, cifar.base_folder)
+            if not download:  # another process may be unpacking it: look again after that
+                raise FileNotFoundError(errno.ENOENT, "incomplete", os.path.join(
+                    root, absent[0]) if absent else folder) from error
             raise ValueError(f"{folder} contains other files than the official ones (their md5 "
                              "differs): delete it, and they are downloaded") from error
 
@@ -126,9 +131,10 @@ def _image_folder(root: str, train: bool, transform: Callable, download: bool) -
     except (FileNotFoundError, RuntimeError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     empty = classes - {dataset.classes[label] for label in dataset.targets}
-    if empty or len(classes) < 2:  # older torchvision takes an empty one
-        raise ValueError(f"{folder}: there must be images of two classes or more, but " + (
-            f"{', '.join(sorted(empty))} has none" if empty else f"there is only {min(classes)}"))
+    if empty:  # older torchvision takes them
+        raise ValueError(f"{folder}: no images of the classes {', '.join(sorted(empty))}")
+    if len(classes) < 2:
+        raise ValueError(f"{folder}: one class alone, {min(classes)}; there must be two")
     return dataset
 
 

@@ -23,10 +23,9 @@ def check_numpy():
 
 def found():
     """The versions of what a run stands on, as 'torch 2.15.0, timm 1.0.31, ...'."""
-    packages = ("torch", "torchvision", "timm", "scipy", "numpy")
-    return ", ".join(f"{package.metadata['Name']} {package.version}"
-                     for package in metadata.distributions()
-                     if package.metadata["Name"] in packages)
+    installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
+    names = ("torch", "torchvision", "timm", "scipy", "numpy")
+    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
 def restore_pil_interp():
