@@ -177,12 +177,13 @@ def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
     here = [root, *filter(Path.is_dir, sorted([*root.glob("*"), *root.glob("*/*")]))]
     above = [root.parent, *sorted(root.parent.glob(_loose(root.name)))]
     for folder in here + above if absent else ():
-        if all(any(folder.glob(pattern)) for pattern in layout):
+        if folder != root and all(any(folder.glob(pattern)) for pattern in layout):
             return f"it is in {folder}: pass --data-path {folder}"
     changes = []
     for pattern in absent or [str(Path(missing).relative_to(root))]:
         places = sorted(path for folder in here for path in folder.glob(_loose(pattern)))
-        if not places or (root / pattern).exists():  # by now, by another process that downloads
+        # Another process that downloads may have put it in place by now.
+        if not places or (root / pattern).exists() or any(root.glob(pattern)):
             return ""
         place = places[0].with_name("*" + places[0].suffix) if "*" in pattern else places[0]
         found, wanted = place.relative_to(root).parts[0], Path(pattern).parts[0]
