@@ -27,7 +27,8 @@ PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss
           "train_lr": "Learning rate"}
 STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left"}
+         "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left",
+         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12}
 # By Okabe and Ito, for colour-blind readers too; their yellow and black are left out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
