@@ -37,8 +37,9 @@ for number in NPROC_PER_NODE NNODES; do
 done
 launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
 if [[ $NNODES != 1 ]]; then # what else a machine's environment says of other machines is not ours
-    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((10#$NODE_RANK < NNODES)) \
-        || refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
+    if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
+        refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
+    fi
     [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
     launcher+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
         --master_port "${MASTER_PORT:-29500}")
