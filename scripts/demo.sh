@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole journey in one command, on generated data: convert, fine-tune, show the accuracy.
-# Under a minute on 2 cores, without a GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
+# Needs no GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
 set -euo pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
