@@ -6,7 +6,6 @@ import contextlib
 import errno
 import inspect
 import io
-import json
 import math
 import os
 import re
@@ -14,7 +13,6 @@ import shlex
 import sys
 import warnings
 import zipfile
-from collections import OrderedDict
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 try:
@@ -25,12 +23,12 @@ except ImportError as error:
 
 # Since torch 2.1 a file can be mapped into memory and read without running code that is in it.
 SAFE_AND_MAPPED = "mmap" in inspect.signature(torch.load).parameters
-# (width, depth): name, --model of DeiT or timm. Sources: MoCo v3's vits.py, DeiT's models.py.
+# Width: depth, name, --model of DeiT or timm. Sources: MoCo v3's vits.py, DeiT's models.py.
 MODELS = {
-    (192, 12): ("ViT-Tiny", "deit_tiny_patch16_224"),
-    (384, 12): ("ViT-Small", "moco_v3_vit_small_patch16_224"),
-    (768, 12): ("ViT-Base", "deit_base_patch16_224"),
-    (1024, 24): ("ViT-Large", "vit_large_patch16_224"),
+    192: (12, "ViT-Tiny", "deit_tiny_patch16_224"),
+    384: (12, "ViT-Small", "moco_v3_vit_small_patch16_224"),
+    768: (12, "ViT-Base", "deit_base_patch16_224"),
+    1024: (24, "ViT-Large", "vit_large_patch16_224"),
 }
 # Layers that have a wrong name in the public ViT-L file of MoCo v3's authors.
 MISNAMED = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
@@ -62,13 +60,10 @@ def load(path: str) -> Any:
         with warnings.catch_warnings(), _harmless_extras():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", **(safe if SAFE_AND_MAPPED else {}))
-    except CheckpointError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.strerror or error}; check the path"
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged bytes make the readers raise almost anything
-        problem = _reason(error, path)
-    raise CheckpointError(f"{path}: {problem}")
+        raise CheckpointError(f"{path}: {_reason(error, path)}") from error
 
 
 def _check(path: str, start: bytes) -> bool:
@@ -81,11 +76,11 @@ def _check(path: str, start: bytes) -> bool:
             what = "a Git LFS pointer, not the file that it stands for"
         elif start.lstrip().startswith(b"<"):
             what = "a web page (HTML)"
-        raise CheckpointError(f"this is {what}; download it again")
+        raise CheckpointError(f"{path}: this is {what}; download it again")
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged:
-            raise CheckpointError(f"damaged (checksum of {damaged}); download it again")
+            raise CheckpointError(f"{path}: damaged (checksum of {damaged}); download it again")
         # torch would map a compressed checkpoint, too, and give wrong numbers without a word.
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
@@ -105,6 +100,8 @@ def _harmless_extras() -> Any:
 def _reason(error: Exception, path: str) -> str:
     """Why a reader failed, and what to type next."""
     text = str(error).strip()
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}; check the path"
     if isinstance(error, ImportError) and "safetensors" in text:
         return "a safetensors file; pip install safetensors"
     if isinstance(error, (ImportError, AttributeError)):  # of an older Python stack than its own
@@ -113,13 +110,12 @@ def _reason(error: Exception, path: str) -> str:
     if not refused:
         detail = f"{type(error).__name__}: {text[:100]}".splitlines()[0]
         return f"damaged, cut short or no PyTorch checkpoint ({detail}); download it again"
-    old, new = json.dumps(path), json.dumps(f"{path}.weights")
-    resave = (f'import torch; c = torch.load({old}, "cpu", weights_only=False); '
-              'c = c if isinstance(c, dict) else c.state_dict(); '
-              'torch.save({k: v for k, v in c.items() if torch.is_tensor(v) or k == "epoch" or '
-              f'k in ("state_dict", "model") and isinstance(v, dict)}}, {new})')
-    return (f"contains {refused[1]}, which could run code; if you trust the file, "
-            f"type: python -c {shlex.quote(resave)} and pass {path}.weights, which it makes")
+    keys = '("state_dict", "model", "epoch")'
+    resave = (f'import sys, torch; old = torch.load(sys.argv[1], "cpu", weights_only=False); '
+              f'torch.save({{key: old[key] for key in {keys} if key in old}}, sys.argv[2])')
+    old, new = shlex.quote(path), shlex.quote(f"{path}.weights")
+    return (f"contains {refused[1]}, which could run code; if you trust the file, type: "
+            f"python -c {shlex.quote(resave)} {old} {new} and pass {path}.weights, which it makes")
 
 
 @contextlib.contextmanager
@@ -145,7 +141,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(error.errno, "disk full", path) from error
         raise
 
@@ -189,42 +185,32 @@ def recognise(weights: Dict[str, torch.Tensor]) -> Optional[VisionTransformer]:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()
               if not name.startswith("head.")}
     stem = {name: shape for name, shape in shapes.items() if name.startswith("patch_embed.proj.")}
-    convolutional = "patch_embed.proj.0.weight" in stem  # MoCo v3's, in the place of one block
-    patch_shape = (0, 0, 16, 16) if convolutional else stem.get("patch_embed.proj.weight", ())
-    if len(shapes.get("pos_embed", ())) != 3 or len(patch_shape) != 4:
+    if len(shapes.get("pos_embed", ())) != 3 or not stem:
         return None
-    (_, tokens, width), patch = shapes["pos_embed"], patch_shape[3]
+    _, tokens, width = shapes["pos_embed"]
     side = math.isqrt(max(tokens - 1, 0))
-    full = {size: depth - convolutional for size, depth in MODELS}
-    blocks = re.findall(r"^blocks\.(\d+)\.", "\n".join(shapes), re.MULTILINE)
-    depth = max([full.get(width, 0), *(1 + int(block) for block in blocks)])
-    expected = _shapes_of(width, depth, side)
-    expected.update(stem if convolutional else {"patch_embed.proj.weight": (width, 3, patch, patch),
-                                                "patch_embed.proj.bias": (width,)})
-    problem = _differences(shapes, expected)
-    name, model = MODELS.get((width, depth + convolutional), ("ViT", None))
-    title = f"{name}{' with a convolutional stem' * convolutional} (width {width}, depth {depth})"
+    convolutional = "patch_embed.proj.0.weight" in stem  # MoCo v3's, in the place of one block
+    patch = 16 if convolutional else (stem.get("patch_embed.proj.weight") or (0,))[-1]
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    depth, title, model = MODELS.get(width, (len(blocks) + convolutional, "ViT", None))
+    expected = {**_shapes_of(width, depth - convolutional, side), **stem}
+    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+             for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+    problem = f"{len(wrong)} differ: {'; '.join(wrong[:4])}" if wrong else ""
+    title += f" (width {width}, depth {depth})" + " with a convolutional stem" * convolutional
     fits = patch == 16 and not convolutional and not problem
     return VisionTransformer(title, side * patch, model if fits else None, problem)
 
 
 def _shapes_of(width: int, depth: int, side: int) -> Dict[str, tuple]:
     """Names and shapes of a ViT's tensors, but for its stem and head."""
-    layers = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
-              "norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    block = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
+             "norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    layers = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side * side, width)}
-    for name in ["norm", *(f"blocks.{i}.{layer}" for i in range(depth) for layer in layers)]:
-        shape = layers.get(name.split(".", 2)[-1], (width,))
+    for name, shape in {**layers, "norm": (width,)}.items():
         shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
     return shapes
-
-
-def _differences(shapes: Dict[str, tuple], expected: Dict[str, tuple]) -> str:
-    wrong = [f"{name} is missing" if name not in shapes else
-             f"{name} is unexpected" if name not in expected else
-             f"{name} is {shapes[name]} instead of {expected[name]}"
-             for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
-    return "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
 
 
 def is_sine_cosine(pos_embed: torch.Tensor) -> bool:
@@ -248,7 +234,7 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     """Take MoCo v3's encoder without its head out of a checkpoint or a dict of tensors.
 
     Returns:
-        OrderedDict of the tensors, not copied, under timm's names in file order, 150 for ViT-Base;
+        The tensors, not copied, under timm's names in file order, 150 for ViT-Base;
         and in words where they were found.
 
     Raises:
@@ -256,42 +242,39 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     """
     weights = _tensors_of(checkpoint)
     prefix = _find_prefix(weights)
-    encoder = {name[len(prefix):]: tensor for name, tensor in weights.items()
+    encoder = {name[len(prefix):]: tensor.detach() for name, tensor in weights.items()
                if name.startswith(prefix) and not name.startswith(prefix + "head.")}
-    model = OrderedDict()
+    misnamed = [layer for layer, right in MISNAMED.items()
+                if f"{layer}.weight" in encoder and f"{right}.weight" not in encoder]
+    model = {}
     for name, tensor in encoder.items():
         layer, dot, kind = name.rpartition(".")
-        right_name = MISNAMED.get(layer, layer) + dot + kind
-        model[name if right_name in encoder else right_name] = tensor.detach()
+        model[(MISNAMED[layer] if layer in misnamed else layer) + dot + kind] = tensor
     vit = recognise(model)
-    problem = vit.problem if vit else "no pos_embed of 3 or patch_embed.proj of 4 dimensions"
-    if problem:
+    if not vit or vit.problem:
+        problem = vit.problem if vit else "no pos_embed of 3 dimensions or no patch_embed.proj"
         raise CheckpointError(f"not exactly the tensors of a ViT: {problem}; {WANTED}")
     found = "encoder with MoCo v3's position embedding"
     if prefix.endswith("base_encoder."):
         found = "MoCo v3 pre-training checkpoint"
-    renamed = sorted({name.rpartition(".")[0] for name in encoder if name not in model})
-    return model, found + (f", renamed its misnamed {', '.join(renamed)}" if renamed else "")
+    return model, found + (f", renamed its misnamed {', '.join(misnamed)}" if misnamed else "")
 
 
 def _tensors_of(checkpoint: Any) -> Dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, without what torch.compile puts into the names."""
-    is_dict = isinstance(checkpoint, dict)
-    key = next((key for key in ("state_dict", "model") if is_dict and key in checkpoint), None)
-    weights = checkpoint[key] if key else checkpoint
+    weights = checkpoint
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, dict) and key in checkpoint:
+            weights = checkpoint[key]
     if not isinstance(weights, dict):
         raise CheckpointError(f"a {type(weights).__name__} instead of tensors by name; {WANTED}")
-    if key == "model" and len(checkpoint) > 1:
-        raise CheckpointError("the checkpoint of a fine-tuning run, which needs no conversion; "
-                              "pass it to --resume as it is")
-    tensors = [(str(name), tensor) for name, tensor in weights.items() if torch.is_tensor(tensor)]
-    vit = recognise(dict(tensors)) if key == "model" else None
-    if vit and not vit.problem and is_sine_cosine(weights["pos_embed"]):
-        raise CheckpointError("converted already; pass it to --resume as it is")
-    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}
-    if len(plain) < len(tensors):
-        raise CheckpointError(f"the same names with and without _orig_mod.; {WANTED}")
-    return plain
+    if weights is checkpoint.get("model"):
+        of_run, table = len(checkpoint) > 1, weights.get("pos_embed")
+        if of_run or torch.is_tensor(table) and is_sine_cosine(table):
+            what = "the checkpoint of a fine-tuning run" if of_run else "converted already"
+            raise CheckpointError(f"{what}, which needs no conversion; pass it to --resume")
+    return {str(name).replace("_orig_mod.", ""): tensor for name, tensor in weights.items()
+            if torch.is_tensor(tensor)}
 
 
 def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
@@ -318,14 +301,13 @@ def convert_file(source: str, target: str) -> str:
     """Convert the file `source` into the file `target`; return three lines to print.
 
     Raises:
-        CheckpointError: `source` cannot be converted, or `target` cannot be a file's name.
+        CheckpointError: `source` cannot be converted, or `target` is `source` or a folder.
         OSError: `target` could not be written.
     """
-    if target.endswith(os.sep) or os.path.exists(target) and not os.path.isfile(target):
-        raise CheckpointError(f"{target}: --output is not a file; name a file")
     checkpoint = load(source)
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise CheckpointError(f"{target}: --output is the same file as --input; name another")
+    if os.path.isdir(target) or os.path.exists(target) and os.path.samefile(source, target):
+        raise CheckpointError(f"{target}: --output is a folder or the same file as --input; name "
+                              "another file")
     try:
         model, found = convert(checkpoint)
     except CheckpointError as error:
@@ -336,10 +318,9 @@ def convert_file(source: str, target: str) -> str:
         input_size = "" if vit.input_size == 224 else f" --input-size {vit.input_size}"
         heads = " (12 heads; DeiT's deit_small_patch16_224 has 6)" * ("small" in vit.model)
         fit = f"Fits DeiT's --model {vit.model}{input_size}{heads}."
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    parameters = sum(tensor.numel() for name, tensor in model.items() if not name.endswith(buffers))
+    values = sum(tensor.numel() for tensor in model.values())
     return (f"{vit.title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}\n{fit}\n"
-            f"{len(model)} tensors, {parameters:,} parameters: {target}, {size / 1e6:.1f} MB")
+            f"{len(model)} tensors, {values:,} values: {target}, {size / 1e6:.1f} MB")
 
 
 def main(argv: Optional[List[str]] = None) -> int:

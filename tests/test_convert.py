@@ -163,7 +163,6 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"epoch": 3}, "base_encoder cls_token"),
     ([torch.ones(1)], "list"),
     ({"state_dict": {**MOCO, **encoder("module.base_encoder.")}}, "several module.base_encoder."),
-    ({"state_dict": {**MOCO, **renamed(MOCO, "norm", "_orig_mod.norm")}}, "_orig_mod."),
     ({"state_dict": BROKEN}, "blocks.1.norm1.weight missing blocks.1.norm13.weight"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": 3}}, "norm.bias missing"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": torch.ones(3)}}, "norm.bias (3,) (64,)"),
