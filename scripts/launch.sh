@@ -36,7 +36,9 @@ for number in NPROC_PER_NODE NNODES; do
     [[ ${!number} =~ ^[1-9][0-9]*$ ]] || refuse "$number=${!number}: must be a whole number, 1 or more"
 done
 launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
-if [[ $NNODES != 1 ]]; then # what else a machine's environment says of other machines is not ours
+if [[ $NNODES == 1 ]]; then # a port of its own: what the environment says is for several machines
+    launcher+=(--master_port $((10000 + RANDOM % 20000)))
+else
     if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
         refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
     fi

@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,17 +22,8 @@ def main():
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
-        status = launch(_with_port(sys.argv[1:]))
+        status = launch(sys.argv[1:])
     os._exit(status)  # torch's own end takes half a second (measured)
-
-
-def _with_port(arguments):
-    """A free port for one machine: two runs on it would meet at torch's default, 29500."""
-    if "--master_port" in arguments:
-        return arguments
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return ["--master_port", str(probe.getsockname()[1]), *arguments]
 
 
 def launch(arguments):
