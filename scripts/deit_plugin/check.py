@@ -1,11 +1,11 @@
 """``--check``: all that a launch needs, and every image, without training."""
 import sys
+from multiprocessing.pool import ThreadPool
 
-import torch
 from torch.hub import tqdm  # or a stand-in where it is not installed
 
 from . import options
-from .errors import REFUSED, UserError, die_with_parent, one_line
+from .errors import REFUSED, UserError, one_line
 from .output import RunFolder
 from .run import Run
 
@@ -45,8 +45,9 @@ def report(main, args):
 
 
 def _build_datasets(run):
-    train, test = (len(run.build_dataset(is_train, run.args)[0]) for is_train in (True, False))
-    return f"{train} train and {test} test images"
+    train, test = (run.build_dataset(is_train, run.args)[0] for is_train in (True, False))
+    train.transform = test.transform = None  # to look at images takes no more than to decode them
+    return f"{len(train)} train and {len(test)} test images"
 
 
 def _model(run):
@@ -58,13 +59,12 @@ def _model(run):
 
 
 def decode(datasets, num_workers):
-    """Decode every image, in data workers; raises UserError listing the broken ones."""
-    images = torch.utils.data.ConcatDataset([_Decoding(dataset) for dataset in datasets])
-    loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=num_workers,
-                                         worker_init_fn=die_with_parent)
-    broken = []
-    with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for error in loader:
+    """Decode every image, in threads; raises UserError listing the broken ones."""
+    images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
+    with ThreadPool(max(1, num_workers)) as pool, tqdm(
+            total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
+        broken = []
+        for error in pool.imap(_why_broken, images):
             broken += [error] * bool(error)
             bar.update(1)
     if not broken:
@@ -74,19 +74,11 @@ def decode(datasets, num_workers):
                                           *broken[:BROKEN_SHOWN], *more]))
 
 
-class _Decoding(torch.utils.data.Dataset):
-    """Of each image of a data set, what is wrong with it: '' or one line that names its file."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.dataset.transform = None
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        try:
-            self.dataset[index]
-        except Exception as error:  # whatever it is, the image cannot be trained on
-            return one_line(error)
-        return ""
+def _why_broken(image):
+    """'', or one line that names the file."""
+    dataset, index = image
+    try:
+        dataset[index]
+    except Exception as error:  # whatever it is, the image cannot be trained on
+        return one_line(error)
+    return ""
