@@ -8,16 +8,12 @@ from deit_plugin import checkout, errors
 def main():
     """Fine-tune, with DeiT's flags and ours on the command line."""
     errors.die_with_launcher()
-    run(checkout.import_main(), sys.argv[1:])
-
-
-def run(deit, arguments):
-    """Run DeiT's ``main(args)`` with a Run in the place of its functions."""
+    deit = checkout.import_main()
     import datasets  # ours, as import_main has made sure
     from deit_plugin import check, cpu, options, output
     from deit_plugin.run import Run
 
-    args = options.parse(deit, datasets.DATA_SETS, arguments)
+    args = options.parse(deit, datasets.DATA_SETS, sys.argv[1:])
     if args.device == "cpu":
         cpu.patch(deit)
     if args.check:

@@ -67,7 +67,7 @@ def parse(main, data_sets, arguments):
 def _parser(main, data_sets):
     parser = Parser(prog="finetune.py", parents=[main.get_args_parser()], allow_abbrev=False,
                     conflict_handler="resolve", description="Fine-tune with DeiT's own trainer.")
-    parser.set_defaults(data_path="", num_workers=_sensible_workers())
+    parser.set_defaults(data_path="")
     parser.add_argument("--data-set", choices=sorted(data_sets), required=True)
     for name, choices in (("--device", ("cuda", "cpu")), ("--sched", ("cosine", "tanh", "step")),
                           ("--remode", ("pixel", "rand", "const"))):
@@ -85,22 +85,16 @@ def _parser(main, data_sets):
     return parser
 
 
-def _sensible_workers():
-    """DeiT's 10 data workers per process, or fewer where there are fewer cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(10, cores // int(os.environ.get("NPROC_PER_NODE", 1))))
-
-
 def rank():
-    """This process's rank, as torch's launcher tells; DeiT wants both variables, too."""
-    return int(os.environ["RANK"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 0
+    """This process's rank, as torch's launcher tells."""
+    return int(os.environ.get("RANK", 0))
 
 
 def processes_of(args):
     """The number of processes: of this launch, or of the one that --check looks ahead to."""
     if args.check:
         return int(os.environ.get("NPROC_PER_NODE", 1)) * int(os.environ.get("NNODES", 1))
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _refuse_what_cannot_work(args):
@@ -109,23 +103,24 @@ def _refuse_what_cannot_work(args):
                         ("batch_size", 1), ("input_size", 16), ("num_workers", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be {least} or more")
-    if not args.data_path:
-        raise UserError("--data-path is missing: pass the folder of the data set")
-    if not args.output_dir and not (args.eval or args.check):
-        raise UserError("--output_dir is missing: pass the folder for checkpoints and log.txt")
-    if getattr(args, "finetune", "") or getattr(args, "distillation_type", "none") != "none":
-        raise UserError("--finetune and --distillation-type are not supported: pass the converted "
-                        "checkpoint to --resume")
-    if args.start_epoch:
-        raise UserError(f"--start_epoch {args.start_epoch}: leave it out, a run continues where "
-                        "its checkpoint ends")
-    if args.input_size % 16:
-        raise UserError(f"--input-size {args.input_size}: must be a multiple of 16, the patch size")
+    for name, unused in (("start_epoch", 0), ("finetune", ""), ("distillation_type", "none")):
+        value = getattr(args, name, unused)
+        if value != unused:
+            raise UserError(f"{flag(name)} {value} is not supported: --resume takes the converted "
+                            "checkpoint, or one of a run to go on from")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix")
-    if getattr(args, "bce_loss", False) and not mixes:
-        raise UserError("--bce-loss: needs --mixup or --cutmix, which give it its targets")
+    for wrong, message in (
+            (not args.data_path, "--data-path is missing: pass the folder of the data set"),
+            (not args.output_dir and not (args.eval or args.check),
+             "--output_dir is missing: pass the folder for checkpoints and log.txt"),
+            (args.input_size % 16,
+             f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
+            (mixes and args.batch_size % 2,
+             f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
+            (getattr(args, "bce_loss", False) and not mixes,
+             "--bce-loss: needs --mixup or --cutmix, which give it its targets")):
+        if wrong:
+            raise UserError(message)
 
 
 def check_gpus(args):
@@ -133,15 +128,12 @@ def check_gpus(args):
     if args.device == "cpu":
         return "on the CPU"
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("NPROC_PER_NODE", 1))
-    if gpus == 0 and args.check:  # as on the machine that one logs in to
+    if wanted <= gpus:
+        return f"{wanted} of {count(gpus, 'GPU')}"
+    if args.check and not gpus:  # as on the machine that one logs in to
         return "this machine has none, so they were not counted"
-    if gpus == 0:
-        raise UserError("this machine has no GPU that torch can use: look at nvidia-smi, or pass "
-                        "--device cpu to rehearse")
-    if wanted > gpus:
-        raise UserError(f"NPROC_PER_NODE={wanted}: this machine has {count(gpus, 'GPU')}; set "
-                        f"NPROC_PER_NODE={gpus}")
-    return f"{wanted} of {count(gpus, 'GPU')}"
+    raise UserError(f"NPROC_PER_NODE={wanted}: torch can use {count(gpus, 'GPU')} of this machine; "
+                    "set NPROC_PER_NODE to that, or pass --device cpu to rehearse")
 
 
 def flag(name):

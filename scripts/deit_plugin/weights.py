@@ -27,8 +27,6 @@ def read(path):
     A prefix of all names, such as torch.compile's ``_orig_mod.``, is taken away. Raises UserError
     if the file is missing, unreadable, or of another kind.
     """
-    if path.startswith(("http:", "https:")):
-        raise UserError(f"--resume {path}: download the file first, then pass its path")
     try:
         checkpoint = load(path)
     except CheckpointError as error:
