@@ -1,15 +1,15 @@
 """--accum-iter N: one optimizer step for N batches of each process, as if by N times as many.
 
-All of it acts on the arguments of DeiT's ``train_one_epoch``.
+All of it acts on the arguments of DeiT's ``train_one_epoch``; with N = 1 it changes nothing.
 """
 import itertools
 from types import SimpleNamespace
 
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 
-class RanksInTurn(Sampler):
-    """What N ranks of DeiT's sampler would give to one step, batch after batch, for every step."""
+class RanksInTurn:
+    """Batches of indices: what N ranks of DeiT's sampler would give to one step, for every step."""
 
     def __init__(self, loader, rank, processes, accum_iter):
         has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
@@ -17,8 +17,8 @@ class RanksInTurn(Sampler):
         self.samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
                               rank=rank * accum_iter + turn, shuffle=True)
                          for turn in range(accum_iter)]
-        self.batch_size = loader.batch_size
-        self.steps = len(self.samplers[0]) // self.batch_size
+        self.ranks = [BatchSampler(sampler, loader.batch_size, drop_last=True)
+                      for sampler in self.samplers]
 
     def set_epoch(self, epoch):
         """As DeiT calls it before each epoch."""
@@ -26,13 +26,10 @@ class RanksInTurn(Sampler):
             sampler.set_epoch(epoch)
 
     def __iter__(self):
-        ranks = [iter(sampler) for sampler in self.samplers]
-        for _ in range(self.steps):
-            for indices in ranks:
-                yield from itertools.islice(indices, self.batch_size)
+        return itertools.chain.from_iterable(zip(*self.ranks))
 
     def __len__(self):
-        return self.steps * self.batch_size * len(self.samplers)
+        return sum(map(len, self.ranks))
 
 
 class Accumulation:
@@ -40,7 +37,7 @@ class Accumulation:
 
     def __init__(self, loader, model, accum_iter):
         self.loader, self.model, self.accum_iter = loader, model, accum_iter
-        self.is_first = self.is_last = True
+        self.is_first = self.is_last = True  # the batch, of its step
 
     def __len__(self):
         return len(self.loader)

@@ -36,8 +36,8 @@ def report(main, args):
     run = Run(main, args, folder, start)
     if ask("data", _build_datasets, run):
         if start and ask("model", _model, run) and not args.eval:
-            print("\n".join(run.plan()))
-        ask("images", decode, [dataset for dataset, _ in run.datasets.values()], args.num_workers)
+            print(run.plan())
+        ask("images", decode, run.datasets, args.num_workers)
     if problems:
         print(f"not ready: {options.count(len(problems), 'problem')}")
         sys.exit(REFUSED)
@@ -51,8 +51,8 @@ def _build_datasets(run):
 
 
 def _model(run):
-    args, (_, classes) = run.args, run.datasets[True]
-    model = run.create_model(args.model, num_classes=classes, drop_rate=args.drop,
+    args, classes = run.args, run.datasets[0].classes
+    model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
     parameters = sum(value.numel() for value in model.parameters())
     return f"{args.model}, {parameters:,} parameters, with the weights of {run.start.path}"

@@ -14,18 +14,17 @@ from typing import NamedTuple
 import convert_to_deit
 
 from . import options, weights
-from .errors import REFUSED, UserError
+from .errors import UserError
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 
 
 class Start(NamedTuple):
-    """Where a run begins: a checkpoint and its path, the first epoch, whether a run goes on."""
+    """Where a run begins: a checkpoint and its path, and the first epoch, 0 unless it goes on."""
 
     state: dict
     path: str
     epoch: int
-    continues: bool
 
 
 class RunFolder:
@@ -91,14 +90,13 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{error}{advice}") from None
         if args.eval or "optimizer" not in state or "epoch" not in state:
-            return Start(state, path, 0, continues=False)
-        epoch = state["epoch"] + 1
+            return Start(state, path, 0)
         if self.contains(path):
             self._check_settings(args, path, state)
-        elif epoch >= args.epochs:
+        elif state["epoch"] + 1 >= args.epochs:
             raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
                             "go on from it")
-        return Start(state, path, epoch, continues=True)
+        return Start(state, path, state["epoch"] + 1)
 
     def _check_settings(self, args, path, state):
         before = dict(state.get("settings", {}))  # plain DeiT notes none
@@ -120,15 +118,13 @@ class RunFolder:
             return
         names = RUN_FILES if overwrite else ()
         for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
-            with contextlib.suppress(FileNotFoundError):
-                left_over.unlink()
+            left_over.unlink(missing_ok=True)
         rows = self.rows()
         if rows and epochs == 0:
             os.replace(self.path / "log.txt", self.path / "log.txt.old")
         kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < epochs]
         for name, text in (("log.txt", "".join(kept)), ("run.json", json.dumps(facts, indent=1))):
-            path = self.path / name
-            with _explained(path, REFUSED), convert_to_deit.whole_file(str(path)) as file:
+            with convert_to_deit.whole_file(str(self.path / name)) as file:
                 file.write(text.encode())
 
     def rows(self):
@@ -144,18 +140,11 @@ class RunFolder:
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
         if not self.writes:
             return
-        with _explained(self.path / name, status=1):
+        try:
             with open(self.path / "log.txt", "rb") as log:
                 os.fsync(log.fileno())
             convert_to_deit.save(state, str(self.path / name))
-
-
-@contextlib.contextmanager
-def _explained(path, status):
-    """Say in one line why a file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        kept = ", the last whole one is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}: make room and "
-                        "launch again", status) from error
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / name}: {error.strerror or error}: make "
+                            "room and launch again, which goes on from the last checkpoint.pth "
+                            "that is whole", status=1) from error
