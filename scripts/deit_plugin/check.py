@@ -31,7 +31,8 @@ def report(main, args):
         return found
 
     ask("GPUs", options.check_gpus, args)
-    ask("output", folder.check)
+    if args.output_dir:
+        ask("output", folder.check)
     start = ask("start", folder.find_start, args)
     run = Run(main, args, folder, start)
     if ask("data", _build_datasets, run):
@@ -61,17 +62,17 @@ def _model(run):
 def decode(datasets, num_workers):
     """Decode every image, in threads; raises UserError listing the broken ones."""
     images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
+    broken = []
     with ThreadPool(max(1, num_workers)) as pool, tqdm(
             total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
-        broken = []
         for error in pool.imap(_why_broken, images):
-            broken += [error] * bool(error)
             bar.update(1)
+            if error:
+                broken.append(error)
     if not broken:
         return f"all {len(images)} can be decoded"
-    more = [f"and {len(broken) - BROKEN_SHOWN} more"] if len(broken) > BROKEN_SHOWN else []
-    raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded:",
-                                          *broken[:BROKEN_SHOWN], *more]))
+    raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded, as",
+                                          *broken[:BROKEN_SHOWN]]))
 
 
 def _why_broken(image):

@@ -28,10 +28,3 @@ def evaluate(model, batches, device):
         torch.distributed.all_reduce(sums)
     images, top1, top5, loss = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
-
-
-class NotEvaluated(dict):
-    """The statistics of an epoch without evaluation: none for log.txt, and an ``acc1`` for DeiT."""
-
-    def __missing__(self, name):
-        return float("-inf")  # beats no best

@@ -42,10 +42,8 @@ def steps_per_epoch(images, args, processes):
         share, whole = images // 256 * 256 // ranks, f"{images} // 256 * 256"
         advice = "--no-repeated-aug, "
     if share < args.batch_size:
-        by = count(processes, "process")
-        if args.accum_iter > 1:
-            by += f" x {args.accum_iter} accumulated"
-        raise UserError(f"no whole step in an epoch: {whole} train images / {by} = {share}, fewer "
-                        f"than --batch-size {args.batch_size}; use {advice}a smaller --batch-size "
-                        "or fewer processes")
+        turns = f" x {args.accum_iter} accumulated" if args.accum_iter > 1 else ""
+        raise UserError(f"no whole step in an epoch: {whole} train images / "
+                        f"{count(processes, 'process')}{turns} = {share}, fewer than --batch-size "
+                        f"{args.batch_size}; use {advice}a smaller --batch-size or fewer processes")
     return share // args.batch_size

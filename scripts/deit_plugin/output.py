@@ -8,8 +8,8 @@ import fcntl
 import json
 import os
 import warnings
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import convert_to_deit
 
@@ -17,24 +17,16 @@ from . import options, weights
 from .errors import UserError
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
-
-
-class Start(NamedTuple):
-    """Where a run begins: a checkpoint and its path, and the first epoch, 0 unless it goes on."""
-
-    state: dict
-    path: str
-    epoch: int
+# Where a run begins: a checkpoint and its path, and the first epoch, 0 unless a run goes on.
+Start = namedtuple("Start", "state path epoch")
 
 
 class RunFolder:
     """``--output_dir`` of one run. Only rank 0 writes, and nothing under --eval or --check."""
 
     def __init__(self, args, rank):
-        self.path = Path(args.output_dir)
-        self.named = bool(args.output_dir)
-        self.writes = rank == 0 and self.named and not (args.eval or args.check)
-        self._lock = None
+        self.path = Path(args.output_dir or os.devnull)  # which contains no run
+        self.writes = rank == 0 and not (args.eval or args.check)
 
     def claim(self):
         """Make the folder and lock it until this process ends.
@@ -58,8 +50,6 @@ class RunFolder:
 
     def check(self):
         """Say what is there, and make nothing. Raises UserError if it cannot be written."""
-        if not self.named:
-            return "no --output_dir"
         nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
@@ -67,12 +57,12 @@ class RunFolder:
         return f"{self.path}, {'contains' if self._has_run() else 'without'} a run"
 
     def _has_run(self):
-        return self.named and (self.path / "checkpoint.pth").exists()
+        return (self.path / "checkpoint.pth").exists()
 
     def contains(self, path):
         """Whether ``path`` is a file of the run in this folder."""
         path = Path(path).resolve()
-        return self.named and path.parent == self.path.resolve() and path.name in RUN_FILES
+        return path.parent == self.path.resolve() and path.name in RUN_FILES
 
     def find_start(self, args):
         """Continue what is here, or else start from ``--resume``. Raises UserError."""
@@ -93,9 +83,6 @@ class RunFolder:
             return Start(state, path, 0)
         if self.contains(path):
             self._check_settings(args, path, state)
-        elif state["epoch"] + 1 >= args.epochs:
-            raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
-                            "go on from it")
         return Start(state, path, state["epoch"] + 1)
 
     def _check_settings(self, args, path, state):
@@ -108,33 +95,29 @@ class RunFolder:
                             "another --output_dir, or --overwrite to delete that run")
 
     def begin(self, epochs, overwrite, facts):
-        """Clear what a crash left, keep of ``log.txt`` the first ``epochs``, note ``facts``.
+        """Clear what a crash left, keep the first ``epochs`` of ``log.txt`` and return them.
 
         With ``overwrite`` no file of an earlier run stays. A log that has lost its checkpoint may
         be all that is left of a run: it is kept as log.txt.old. ``facts`` go into run.json: what
         report.py is to know and log.txt does not tell.
         """
         if not self.writes:
-            return
+            return []
         names = RUN_FILES if overwrite else ()
         for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
             left_over.unlink(missing_ok=True)
-        rows = self.rows()
+        log, rows = self.path / "log.txt", []
+        for line in log.read_text().splitlines() if log.exists() else ():
+            with contextlib.suppress(ValueError):  # half a line, left by a crash
+                rows.append(json.loads(line))
         if rows and epochs == 0:
-            os.replace(self.path / "log.txt", self.path / "log.txt.old")
-        kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < epochs]
-        for name, text in (("log.txt", "".join(kept)), ("run.json", json.dumps(facts, indent=1))):
+            log.rename(self.path / "log.txt.old")
+        kept = [row for row in rows if row["epoch"] < epochs]
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        for name, text in (("log.txt", lines), ("run.json", json.dumps(facts, indent=1))):
             with convert_to_deit.whole_file(str(self.path / name)) as file:
                 file.write(text.encode())
-
-    def rows(self):
-        """The epochs in log.txt, each a dict; half a line, left by a crash, is none."""
-        rows = []
-        log = self.path / "log.txt"
-        for line in log.read_text().splitlines() if log.exists() else ():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        return kept
 
     def save(self, name, state):
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""

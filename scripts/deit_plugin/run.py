@@ -2,6 +2,7 @@
 import builtins
 import shlex
 import time
+from collections import Counter
 from datetime import timedelta
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed
 from . import loaders, options, weights
 from .accumulation import Accumulation, RanksInTurn
 from .errors import UserError, one_line
-from .evaluation import NotEvaluated, evaluate
+from .evaluation import evaluate
 from .options import count
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
@@ -32,7 +33,7 @@ class Run:
         self.train_loader = self.test_loader = None
         self.began = None
         self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
-        self.best = {"epoch": None, "test_acc1": float("-inf")}  # of the rows of log.txt
+        self.best = {"epoch": None, "test_acc1": -1}  # the best row of log.txt, or part of it
 
     def train(self):
         """Run DeiT's ``main`` with this run's methods in the place of its functions."""
@@ -106,11 +107,10 @@ class Run:
             self._commit()
         began = time.monotonic()
         self.train_loader.batch_sampler.set_epoch(epoch)
-        batches = Accumulation(self.train_loader, model, self.args.accum_iter)
-        stats = self.deit["train_one_epoch"](
-            model, criterion, batches, batches.optimizer(optimizer), device, epoch,
-            batches.loss_scaler(loss_scaler), max_norm, batches.model_ema(model_ema), *mixup_fn,
-            **kwargs)
+        steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
+                             self.args.accum_iter)
+        stats = self.deit["train_one_epoch"](model, criterion, steps, steps, device, epoch, steps,
+                                             max_norm, model_ema and steps, *mixup_fn, **kwargs)
         self.trained = {"epoch": epoch, "scaler": loss_scaler.state_dict()}  # not in 1d38fa4's
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
 
@@ -129,15 +129,14 @@ class Run:
         """When due, over all processes; says how far the run is."""
         if not (self.args.eval or self._is_due(self.args.eval_freq)):
             self._say_progress()
-            return NotEvaluated()
+            return Counter()  # nothing for log.txt, and for DeiT an acc1 of 0
         began = time.monotonic()
         if self.test_loader is None:
             self.test_loader = loaders.evaluation(data_loader, self.rank, self.processes)
         stats = evaluate(model, self.test_loader, device)
         accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
         if self.args.eval:
-            images = count(len(data_loader.dataset), "image")
-            self.print(f"{self.start.path}: {accuracy} on {images}")
+            self.print(f"{self.start.path}: {accuracy} on {count(len(self.datasets[1]), 'image')}")
             return stats
         if stats["acc1"] > self.best["test_acc1"]:
             self.best = {"epoch": self.trained["epoch"], "test_acc1": stats["acc1"]}
@@ -155,11 +154,15 @@ class Run:
         if self.processes > 1:
             self._check_same_start(device)
         train, test = self.datasets
-        self.folder.begin(self.start.epoch, self.args.overwrite, {
+        rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
             "settings": self.args.settings, "differs": self.args.differs,
             "train_images": len(train), "test_images": len(test), "classes": train.classes})
-        if self.start.epoch:
-            self._restore(optimizer, loss_scaler, model_ema)
+        self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
+        if self.start.epoch:  # go on as if never stopped, as no commit of DeiT does (README.md)
+            for name, part in (("optimizer", optimizer), ("scaler", loss_scaler),
+                               ("model_ema", model_ema and model_ema.ema)):
+                if part is not None and self.start.state.get(name):
+                    part.load_state_dict(self.start.state[name])
         self.print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
         self.train_loader = loaders.persistent(data_loader, RanksInTurn(
@@ -209,19 +212,6 @@ class Run:
         if total != epoch * self.processes:
             raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others elsewhere: "
                             "--output_dir must be one folder that all machines share")
-
-    def _restore(self, optimizer, loss_scaler, model_ema):
-        """Go on as if never stopped: optimizer with its learning rate, weight average, loss scale.
-
-        HEAD's own resuming is one epoch ahead in the learning rate; 1d38fa4 and e6b10b5 do not
-        restore the average, and 1d38fa4 has no loss scale.
-        """
-        for name, restored in (("optimizer", optimizer), ("scaler", loss_scaler),
-                               ("model_ema", model_ema and model_ema.ema)):
-            if restored is not None and self.start.state.get(name):
-                restored.load_state_dict(self.start.state[name])
-        evaluated = [row for row in self.folder.rows() if "test_acc1" in row]
-        self.best = max(evaluated, key=lambda row: row["test_acc1"], default=self.best)
 
     def _is_due(self, every):
         """Whether what is done every ``every`` epochs and after the last is due."""
