@@ -9,7 +9,7 @@ from .errors import REFUSED, UserError, one_line
 from .output import RunFolder
 from .run import Run
 
-BROKEN_SHOWN = 20
+BROKEN_SHOWN = 20  # of all that are counted
 
 
 def report(main, args):
@@ -17,7 +17,7 @@ def report(main, args):
 
     main: DeiT's module; args: options.parse's.
     """
-    folder, problems = RunFolder(args, rank=0), []
+    folder, problems = RunFolder(args), []
 
     def ask(what, check, *arguments):
         try:
@@ -71,7 +71,7 @@ def decode(datasets, num_workers):
                 broken.append(error)
     if not broken:
         return f"all {len(images)} can be decoded"
-    raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded, as",
+    raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded:",
                                           *broken[:BROKEN_SHOWN]]))
 
 

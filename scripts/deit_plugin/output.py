@@ -22,19 +22,16 @@ Start = namedtuple("Start", "state path epoch")
 
 
 class RunFolder:
-    """``--output_dir`` of one run. Only rank 0 writes, and nothing under --eval or --check."""
+    """``--output_dir`` of one run. Only rank 0 may claim it, begin and save."""
 
-    def __init__(self, args, rank):
+    def __init__(self, args):
         self.path = Path(args.output_dir or os.devnull)  # which contains no run
-        self.writes = rank == 0 and not (args.eval or args.check)
 
     def claim(self):
         """Make the folder and lock it until this process ends.
 
         Raises UserError if it cannot be written or another run writes there.
         """
-        if not self.writes:
-            return
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -54,10 +51,8 @@ class RunFolder:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
                             "another folder")
-        return f"{self.path}, {'contains' if self._has_run() else 'without'} a run"
-
-    def _has_run(self):
-        return (self.path / "checkpoint.pth").exists()
+        found = "contains" if (self.path / "checkpoint.pth").exists() else "without"
+        return f"{self.path}, {found} a run"
 
     def contains(self, path):
         """Whether ``path`` is a file of the run in this folder."""
@@ -69,9 +64,9 @@ class RunFolder:
         if args.overwrite and self.contains(args.pretrained):
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")
-        path, advice = args.pretrained, ""
-        if self._has_run() and not (args.eval or args.overwrite):
-            path, advice = str(self.path / "checkpoint.pth"), "; or --overwrite to start anew"
+        own, path, advice = self.path / "checkpoint.pth", args.pretrained, ""
+        if own.exists() and not (args.eval or args.overwrite):
+            path, advice = str(own), "; or --overwrite to start anew"
         if not path:
             raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under "
                             "--eval a checkpoint of a run")
@@ -101,8 +96,6 @@ class RunFolder:
         be all that is left of a run: it is kept as log.txt.old. ``facts`` go into run.json: what
         report.py is to know and log.txt does not tell.
         """
-        if not self.writes:
-            return []
         names = RUN_FILES if overwrite else ()
         for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
             left_over.unlink(missing_ok=True)
@@ -121,8 +114,6 @@ class RunFolder:
 
     def save(self, name, state):
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
-        if not self.writes:
-            return
         try:
             with open(self.path / "log.txt", "rb") as log:
                 os.fsync(log.fileno())

@@ -33,7 +33,7 @@ class Run:
         self.train_loader = self.test_loader = None
         self.began = None
         self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
-        self.best = {"epoch": None, "test_acc1": -1}  # the best row of log.txt, or part of it
+        self.best = {"epoch": None, "test_acc1": -1}  # rank 0's: the best row of log.txt
 
     def train(self):
         """Run DeiT's ``main`` with this run's methods in the place of its functions."""
@@ -50,7 +50,7 @@ class Run:
                 raise
             raise UserError("the loss is not finite, so DeiT stopped: pass a smaller --lr, and "
                             "look at the data with --check", status=1) from stop
-        if not self.args.eval:
+        if self.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path
             self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
@@ -103,7 +103,7 @@ class Run:
         """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
         if self.began is None:
             self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
-        else:
+        elif self.rank == 0:
             self._commit()
         began = time.monotonic()
         self.train_loader.batch_sampler.set_epoch(epoch)
@@ -153,11 +153,12 @@ class Run:
     def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
         if self.processes > 1:
             self._check_same_start(device)
-        train, test = self.datasets
-        rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
-            "settings": self.args.settings, "differs": self.args.differs,
-            "train_images": len(train), "test_images": len(test), "classes": train.classes})
-        self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
+        if self.rank == 0:
+            train, test = self.datasets
+            rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
+                "settings": self.args.settings, "differs": self.args.differs,
+                "train_images": len(train), "test_images": len(test), "classes": train.classes})
+            self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
         if self.start.epoch:  # go on as if never stopped, as no commit of DeiT does (README.md)
             for name, part in (("optimizer", optimizer), ("scaler", loss_scaler),
                                ("model_ema", model_ema and model_ema.ema)):
