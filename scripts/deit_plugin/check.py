@@ -9,7 +9,7 @@ from .errors import REFUSED, UserError, one_line
 from .output import RunFolder
 from .run import Run
 
-BROKEN_SHOWN = 20  # of all that are counted
+BROKEN_SHOWN = 20
 
 
 def report(main, args):
@@ -71,8 +71,9 @@ def decode(datasets, num_workers):
                 broken.append(error)
     if not broken:
         return f"all {len(images)} can be decoded"
-    raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded:",
-                                          *broken[:BROKEN_SHOWN]]))
+    shown = broken[:BROKEN_SHOWN]
+    heading = f"{len(broken)} of {len(images)} cannot be decoded; the first {len(shown)}:"
+    raise UserError("\n           ".join([heading, *shown]))
 
 
 def _why_broken(image):

@@ -1,6 +1,6 @@
 """DeiT's command line with the flags of this bundle, and what differs from the published recipe.
 
-``parse`` changes DeiT's args; later they are read, but that Run.train sets where a run goes on.
+Only ``parse`` changes DeiT's args, but for ``start_epoch`` and ``seed``, which Run.train sets.
 """
 import argparse
 import difflib
