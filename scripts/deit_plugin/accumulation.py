@@ -1,46 +1,43 @@
 """--accum-iter N: one optimizer step for N batches of each process, as if by N times as many.
 
-All of it acts on the arguments of DeiT's ``train_one_epoch``.
+All of it acts on the arguments of DeiT's ``train_one_epoch``; with N = 1 it changes nothing.
 """
 import itertools
-from types import SimpleNamespace
 
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 
-class RanksInTurn(Sampler):
-    """What N ranks of DeiT's sampler would give to one step, batch after batch, for every step."""
+class RanksInTurn:
+    """Batches of indices: what N ranks of DeiT's sampler would give to one step, for every step."""
 
     def __init__(self, loader, rank, processes, accum_iter):
         has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
         kind = type(loader.sampler) if has_ranks else DistributedSampler
-        self.samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
-                              rank=rank * accum_iter + turn, shuffle=True)
-                         for turn in range(accum_iter)]
-        self.batch_size = loader.batch_size
-        self.steps = len(self.samplers[0]) // self.batch_size
+        samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
+                         rank=rank * accum_iter + turn, shuffle=True)
+                    for turn in range(accum_iter)]
+        self.ranks = [BatchSampler(sampler, loader.batch_size, True) for sampler in samplers]
 
     def set_epoch(self, epoch):
         """As DeiT calls it before each epoch."""
-        for sampler in self.samplers:
-            sampler.set_epoch(epoch)
+        for batches in self.ranks:
+            batches.sampler.set_epoch(epoch)
 
     def __iter__(self):
-        ranks = [iter(sampler) for sampler in self.samplers]
-        for _ in range(self.steps):
-            for indices in ranks:
-                yield from itertools.islice(indices, self.batch_size)
+        return itertools.chain.from_iterable(zip(*self.ranks))
 
     def __len__(self):
-        return self.steps * self.batch_size * len(self.samplers)
+        return sum(map(len, self.ranks))
 
 
 class Accumulation:
-    """The data loader of an epoch, and stand-ins for what moves only once a step."""
+    """Stands in, for an epoch, for data loader, optimizer, loss scaler and weight average."""
 
-    def __init__(self, loader, model, accum_iter):
+    def __init__(self, loader, model, optimizer, scaler, model_ema, accum_iter):
         self.loader, self.model, self.accum_iter = loader, model, accum_iter
-        self.is_first = self.is_last = True
+        self.optimizer, self.scaler, self.model_ema = optimizer, scaler, model_ema
+        self.param_groups = optimizer.param_groups
+        self.is_second_order = getattr(optimizer, "is_second_order", False)
 
     def __len__(self):
         return len(self.loader)
@@ -53,23 +50,20 @@ class Accumulation:
             self.model.require_backward_grad_sync = self.is_last
             yield batch
 
-    def optimizer(self, optimizer):
-        """What DeiT uses of its optimizer; gradients are zeroed before a step only."""
-        return SimpleNamespace(zero_grad=lambda: self.is_first and optimizer.zero_grad(),
-                               param_groups=optimizer.param_groups, steps=optimizer,
-                               is_second_order=getattr(optimizer, "is_second_order", False))
+    def zero_grad(self):
+        """Of the optimizer: before the first batch of a step only."""
+        if self.is_first:
+            self.optimizer.zero_grad()
 
-    def loss_scaler(self, scaler):
-        """timm's NativeScaler, which steps after the last batch only."""
-        def scale(loss, optimizer, create_graph=False, **options):
-            loss = loss / self.accum_iter
-            if self.is_last:
-                scaler(loss, optimizer.steps, create_graph=create_graph, **options)
-            else:  # timm before 0.9 cannot do the first half alone
-                scaler._scaler.scale(loss).backward(create_graph=create_graph)
-        return scale
+    def __call__(self, loss, optimizer, create_graph=False, **options):
+        """Of timm's NativeScaler: it steps after the last batch only."""
+        loss = loss / self.accum_iter
+        if self.is_last:
+            self.scaler(loss, self.optimizer, create_graph=create_graph, **options)
+        else:  # timm before 0.9 cannot do the first half alone
+            self.scaler._scaler.scale(loss).backward(create_graph=create_graph)
 
-    def model_ema(self, model_ema):
-        """The weight average, which follows after a step only."""
-        return model_ema and SimpleNamespace(
-            update=lambda model: self.is_last and model_ema.update(model))
+    def update(self, model):
+        """Of the weight average, which follows after a step only."""
+        if self.is_last:
+            self.model_ema.update(model)

@@ -17,7 +17,7 @@ def report(main, args):
 
     main: DeiT's module; args: options.parse's.
     """
-    folder, problems = RunFolder(args, rank=0), []
+    folder, problems = RunFolder(args), []
 
     def ask(what, check, *arguments):
         try:
@@ -31,13 +31,14 @@ def report(main, args):
         return found
 
     ask("GPUs", options.check_gpus, args)
-    ask("output", folder.check)
+    if args.output_dir:
+        ask("output", folder.check)
     start = ask("start", folder.find_start, args)
     run = Run(main, args, folder, start)
     if ask("data", _build_datasets, run):
         if start and ask("model", _model, run) and not args.eval:
-            print("\n".join(run.plan()))
-        ask("images", decode, [dataset for dataset, _ in run.datasets.values()], args.num_workers)
+            print(run.plan())
+        ask("images", decode, run.datasets, args.num_workers)
     if problems:
         print(f"not ready: {options.count(len(problems), 'problem')}")
         sys.exit(REFUSED)
@@ -51,8 +52,8 @@ def _build_datasets(run):
 
 
 def _model(run):
-    args, (_, classes) = run.args, run.datasets[True]
-    model = run.create_model(args.model, num_classes=classes, drop_rate=args.drop,
+    args, classes = run.args, run.datasets[0].classes
+    model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
     parameters = sum(value.numel() for value in model.parameters())
     return f"{args.model}, {parameters:,} parameters, with the weights of {run.start.path}"
@@ -61,17 +62,18 @@ def _model(run):
 def decode(datasets, num_workers):
     """Decode every image, in threads; raises UserError listing the broken ones."""
     images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
+    broken = []
     with ThreadPool(max(1, num_workers)) as pool, tqdm(
             total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
-        broken = []
         for error in pool.imap(_why_broken, images):
-            broken += [error] * bool(error)
             bar.update(1)
+            if error:
+                broken.append(error)
     if not broken:
         return f"all {len(images)} can be decoded"
-    more = [f"and {len(broken) - BROKEN_SHOWN} more"] if len(broken) > BROKEN_SHOWN else []
-    raise UserError("\n           ".join([f"{len(broken)} of {len(images)} cannot be decoded:",
-                                          *broken[:BROKEN_SHOWN], *more]))
+    shown = broken[:BROKEN_SHOWN]
+    heading = f"{len(broken)} of {len(images)} cannot be decoded; the first {len(shown)}:"
+    raise UserError("\n           ".join([heading, *shown]))
 
 
 def _why_broken(image):

@@ -15,9 +15,8 @@ def evaluate(model, batches, device):
     model = getattr(model, "module", model)  # processes have unequal numbers of batches
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
-    for images, labels in batches:
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+    for batch in batches:
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
         with torch.cuda.amp.autocast():  # as DeiT's own evaluation; without a GPU it does nothing
             logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels[:, None])
@@ -29,10 +28,3 @@ def evaluate(model, batches, device):
         torch.distributed.all_reduce(sums)
     images, top1, top5, loss = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
-
-
-class NotEvaluated(dict):
-    """The statistics of an epoch without evaluation: none for log.txt, and an ``acc1`` for DeiT."""
-
-    def __missing__(self, name):
-        return float("-inf")  # beats no best

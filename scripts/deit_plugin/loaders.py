@@ -2,7 +2,7 @@
 import time
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from .errors import UserError, die_with_parent
 from .options import count
@@ -12,56 +12,38 @@ from .options import count
 SETTLING = 0.05
 
 
-class PersistentLoaders:
-    """One loader for each of DeiT's, kept with its workers until the run ends.
+def persistent(loader, batches, generator=None):
+    """A loader like DeiT's, of the given batches of indices, to be kept until the run ends.
 
-    DeiT's own start their workers anew for every epoch. Order and augmentation stay as they are:
-    the sampler is DeiT's, and a worker's random state goes on from one epoch to the next.
+    Its workers live as long as it is referred to, and a worker's random state goes on from one
+    epoch to the next; DeiT's own start their workers anew for every epoch.
     """
+    time.sleep(SETTLING)
+    return DataLoader(
+        loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
+        pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
+        persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent)
 
-    def __init__(self):
-        self._loaders = {}
 
-    def training(self, loader, sampler):
-        """DeiT's training loader, with images in the order of ``sampler``."""
-        return self._persistent("training", loader, sampler=sampler, drop_last=loader.drop_last)
+def evaluation(loader, rank, processes):
+    """The share of one process: every image is in exactly one share, none twice.
 
-    def evaluation(self, loader, rank, processes):
-        """The share of one process: every image is in exactly one share, none twice.
-
-        Its workers are seeded apart from training, which is thus the same for any --eval-freq.
-        """
-        share = range(rank, len(loader.dataset), processes)
-        return self._persistent("evaluation", loader, sampler=share, generator=torch.Generator())
-
-    def _persistent(self, purpose, loader, **options):
-        if purpose not in self._loaders:
-            time.sleep(SETTLING)
-            self._loaders[purpose] = DataLoader(
-                loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers,
-                pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
-                persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent,
-                **options)
-        return self._loaders[purpose]
-
-    def close(self):
-        """End the workers, which live as long as their loader is referred to."""
-        self._loaders.clear()
+    Its workers are seeded apart from training, which is thus the same for any --eval-freq.
+    """
+    share = BatchSampler(range(rank, len(loader.dataset), processes), loader.batch_size, False)
+    return persistent(loader, share, torch.Generator())
 
 
 def steps_per_epoch(images, args, processes):
-    """Optimizer steps of an epoch. Partial batches are left out, as DeiT does.
-
-    Raises UserError if there is none.
-    """
-    ranks, whole = processes * args.accum_iter, str(images)
-    share = -(-images // ranks)
+    """Optimizer steps of an epoch, without partial batches, as in DeiT; UserError if none."""
+    ranks = processes * args.accum_iter
+    share, whole, advice = -(-images // ranks), images, ""
     if args.repeated_aug:  # samplers.py of DeiT: RASampler
         share, whole = images // 256 * 256 // ranks, f"{images} // 256 * 256"
-    if share >= args.batch_size:
-        return share // args.batch_size
-    by = count(processes, "process") + f" x {args.accum_iter} accumulated" * (args.accum_iter > 1)
-    hint = "pass --no-repeated-aug, or " if args.repeated_aug and images >= args.batch_size else ""
-    raise UserError(f"no whole step in an epoch: {whole} train images / {by} = {share}, fewer than "
-                    f"--batch-size {args.batch_size}; {hint}use a smaller --batch-size or fewer "
-                    "processes")
+        advice = "--no-repeated-aug, "
+    if share < args.batch_size:
+        turns = f" x {args.accum_iter} accumulated" if args.accum_iter > 1 else ""
+        raise UserError(f"no whole step in an epoch: {whole} train images / "
+                        f"{count(processes, 'process')}{turns} = {share}, fewer than --batch-size "
+                        f"{args.batch_size}; use {advice}a smaller --batch-size or fewer processes")
+    return share // args.batch_size

@@ -1,6 +1,6 @@
 """DeiT's command line with the flags of this bundle, and what differs from the published recipe.
 
-``parse`` is the only place that changes DeiT's args, but for ``start_epoch``; later they are read.
+Only ``parse`` changes DeiT's args, but for ``start_epoch`` and ``seed``, which Run.train sets.
 """
 import argparse
 import difflib
@@ -16,12 +16,9 @@ PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
     "dist_url", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter", "eval",
-    "eval_freq", "save_freq", "overwrite", "download", "check", "settings", "differs",
+    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check", "settings", "differs",
     # DeiT's flags that this bundle's transforms and evaluation have no use for
-    "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio",
-    "dist_eval"}
-NOT_IN_RECIPE = {"seed", "pretrained_file"}
-UNDERSCORED = ("output_dir", "num_workers", "start_epoch", "world_size", "dist_url")
+    "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,11 +26,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Raise UserError in the place of argparse's exit."""
-        hint = "--all-flags lists the flags"
-        for word in message.replace(":", " ").split():
-            near = difflib.get_close_matches(word, self._option_string_actions, 1)
-            if near and word.startswith("--") and word not in self._option_string_actions:
-                hint = f"did you mean {near[0]}?"
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--all-flags lists the flags"
         raise UserError(f"{message}; {hint}")
 
 
@@ -55,9 +50,8 @@ def parse(main, data_sets, arguments):
     args.differs = ["no recipe of scripts/"]
     if YOUR_FLAGS in arguments:
         recipe = parser.parse_args(arguments[:arguments.index(YOUR_FLAGS)])
+        recipe.seed, recipe.pretrained = args.seed, args.pretrained  # are no recipe's
         published = _settings(recipe, PUBLISHED_PROCESSES)
-        for name in NOT_IN_RECIPE:
-            del published[name]
         args.differs = differing(args.settings, published, "published")
     if not getattr(args, "unscale_lr", False):
         args.lr *= args.accum_iter  # DeiT knows of the processes and the batch size
@@ -138,13 +132,13 @@ def check_gpus(args):
 
 def flag(name):
     """The flag of an argument's name, as DeiT spells it."""
-    return "--" + (name if name in UNDERSCORED else name.replace("_", "-"))
+    return "--" + (name if name in ("num_workers", "start_epoch") else name.replace("_", "-"))
 
 
 def _settings(args, processes):
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings["effective_batch_size"] = processes * args.batch_size * args.accum_iter
-    settings["pretrained_file"] = os.path.basename(getattr(args, "pretrained", ""))
+    settings["pretrained_file"] = os.path.basename(args.pretrained)
     return settings
 
 

@@ -8,42 +8,30 @@ import fcntl
 import json
 import os
 import warnings
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import convert_to_deit
 
 from . import options, weights
-from .errors import REFUSED, UserError
+from .errors import UserError
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
-
-
-class Start(NamedTuple):
-    """Where a run begins: a checkpoint and its path, the first epoch, whether a run goes on."""
-
-    state: dict
-    path: str
-    epoch: int
-    continues: bool
+# Where a run begins: a checkpoint and its path, and the first epoch, 0 unless a run goes on.
+Start = namedtuple("Start", "state path epoch")
 
 
 class RunFolder:
-    """``--output_dir`` of one run. Only rank 0 writes, and nothing under --eval or --check."""
+    """``--output_dir`` of one run. Only rank 0 may claim it, begin and save."""
 
-    def __init__(self, args, rank):
-        self.path = Path(args.output_dir)
-        self.named = bool(args.output_dir)
-        self.writes = rank == 0 and self.named and not (args.eval or args.check)
-        self._lock = None
+    def __init__(self, args):
+        self.path = Path(args.output_dir or os.devnull)  # which contains no run
 
     def claim(self):
         """Make the folder and lock it until this process ends.
 
         Raises UserError if it cannot be written or another run writes there.
         """
-        if not self.writes:
-            return
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,30 +47,26 @@ class RunFolder:
 
     def check(self):
         """Say what is there, and make nothing. Raises UserError if it cannot be written."""
-        if not self.named:
-            return "no --output_dir"
         nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
                             "another folder")
-        return f"{self.path}, {'contains' if self._has_run() else 'without'} a run"
-
-    def _has_run(self):
-        return self.named and (self.path / "checkpoint.pth").exists()
+        found = "contains" if (self.path / "checkpoint.pth").exists() else "without"
+        return f"{self.path}, {found} a run"
 
     def contains(self, path):
         """Whether ``path`` is a file of the run in this folder."""
         path = Path(path).resolve()
-        return self.named and path.parent == self.path.resolve() and path.name in RUN_FILES
+        return path.parent == self.path.resolve() and path.name in RUN_FILES
 
     def find_start(self, args):
         """Continue what is here, or else start from ``--resume``. Raises UserError."""
         if args.overwrite and self.contains(args.pretrained):
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")
-        path, advice = args.pretrained, ""
-        if self._has_run() and not (args.eval or args.overwrite):
-            path, advice = str(self.path / "checkpoint.pth"), "; or --overwrite to start anew"
+        own, path, advice = self.path / "checkpoint.pth", args.pretrained, ""
+        if own.exists() and not (args.eval or args.overwrite):
+            path, advice = str(own), "; or --overwrite to start anew"
         if not path:
             raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under "
                             "--eval a checkpoint of a run")
@@ -91,14 +75,10 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{error}{advice}") from None
         if args.eval or "optimizer" not in state or "epoch" not in state:
-            return Start(state, path, 0, continues=False)
-        epoch = state["epoch"] + 1
+            return Start(state, path, 0)
         if self.contains(path):
             self._check_settings(args, path, state)
-        elif epoch >= args.epochs:
-            raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
-                            "go on from it")
-        return Start(state, path, epoch, continues=True)
+        return Start(state, path, state["epoch"] + 1)
 
     def _check_settings(self, args, path, state):
         before = dict(state.get("settings", {}))  # plain DeiT notes none
@@ -110,52 +90,35 @@ class RunFolder:
                             "another --output_dir, or --overwrite to delete that run")
 
     def begin(self, epochs, overwrite, facts):
-        """Clear what a crash left, keep of ``log.txt`` the first ``epochs``, note ``facts``.
+        """Clear what a crash left, keep the first ``epochs`` of ``log.txt`` and return them.
 
         With ``overwrite`` no file of an earlier run stays. A log that has lost its checkpoint may
         be all that is left of a run: it is kept as log.txt.old. ``facts`` go into run.json: what
         report.py is to know and log.txt does not tell.
         """
-        if not self.writes:
-            return
         names = RUN_FILES if overwrite else ()
         for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
-            with contextlib.suppress(FileNotFoundError):
-                left_over.unlink()
-        rows = self.rows()
-        if rows and epochs == 0:
-            os.replace(self.path / "log.txt", self.path / "log.txt.old")
-        kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < epochs]
-        for name, text in (("log.txt", "".join(kept)), ("run.json", json.dumps(facts, indent=1))):
-            path = self.path / name
-            with _explained(path, REFUSED), convert_to_deit.whole_file(str(path)) as file:
-                file.write(text.encode())
-
-    def rows(self):
-        """The epochs in log.txt, each a dict; half a line, left by a crash, is none."""
-        rows = []
-        log = self.path / "log.txt"
+            left_over.unlink(missing_ok=True)
+        log, rows = self.path / "log.txt", []
         for line in log.read_text().splitlines() if log.exists() else ():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # half a line, left by a crash
                 rows.append(json.loads(line))
-        return rows
+        if rows and epochs == 0:
+            log.rename(self.path / "log.txt.old")
+        kept = [row for row in rows if row["epoch"] < epochs]
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        for name, text in (("log.txt", lines), ("run.json", json.dumps(facts, indent=1))):
+            with convert_to_deit.whole_file(str(self.path / name)) as file:
+                file.write(text.encode())
+        return kept
 
     def save(self, name, state):
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
-        if not self.writes:
-            return
-        with _explained(self.path / name, status=1):
+        try:
             with open(self.path / "log.txt", "rb") as log:
                 os.fsync(log.fileno())
             convert_to_deit.save(state, str(self.path / name))
-
-
-@contextlib.contextmanager
-def _explained(path, status):
-    """Say in one line why a file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        kept = ", the last whole one is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}: make room and "
-                        "launch again", status) from error
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / name}: {error.strerror or error}: make "
+                            "room and launch again, which goes on from the last checkpoint.pth "
+                            "that is whole", status=1) from error

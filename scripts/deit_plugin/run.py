@@ -1,19 +1,17 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
 import builtins
-import os
 import shlex
 import time
+from collections import Counter
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed
 
-from . import options, weights
+from . import loaders, options, weights
 from .accumulation import Accumulation, RanksInTurn
 from .errors import UserError, one_line
-from .evaluation import NotEvaluated, evaluate
-from .loaders import PersistentLoaders, steps_per_epoch
+from .evaluation import evaluate
 from .options import count
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
@@ -31,15 +29,11 @@ class Run:
         self.main, self.args, self.folder, self.start = main, args, folder, start
         self.rank, self.processes = options.rank(), options.processes_of(args)
         self.deit = {name: getattr(main, name) for name in STAND_INS if name != "print"}
-        self.datasets = {}  # by is_train: a data set and its number of classes
-        self.headless = False  # whether the weights lacked the classifier head
-        self.loaders = PersistentLoaders()
-        self.sampler = None  # of --accum-iter
-        self.epoch = None  # the one in training; None before the first
-        self.unsaved = None  # the state after self.epoch, until its line is in log.txt
-        self.loss_scaler = None  # DeiT's
-        self.best = None  # the row of log.txt with the best accuracy
+        self.datasets = []  # train, test
+        self.train_loader = self.test_loader = None
         self.began = None
+        self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
+        self.best = {"epoch": None, "test_acc1": -1}  # rank 0's: the best row of log.txt
 
     def train(self):
         """Run DeiT's ``main`` with this run's methods in the place of its functions."""
@@ -47,6 +41,8 @@ class Run:
             setattr(self.main, name, getattr(self, name))
         self.main.utils.save_on_master = self.save_on_master
         self.args.start_epoch = self.start.epoch
+        # Else the augmentation of the first epochs would be drawn again.
+        self.args.seed += self.processes * self.start.epoch
         try:
             self.main.main(self.args)
         except SystemExit as stop:
@@ -54,20 +50,28 @@ class Run:
                 raise
             raise UserError("the loss is not finite, so DeiT stopped: pass a smaller --lr, and "
                             "look at the data with --check", status=1) from stop
-        self._finish()
+        if self.rank == 0 and not self.args.eval:
+            self._commit()
+            path = self.folder.path
+            self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
+                       f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
+                       f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
+        self.train_loader = self.test_loader = None  # ends their workers
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     # What DeiT calls, in its order
 
     def build_dataset(self, is_train, args):
         """The data set, large enough for a step of the optimizer."""
         try:
-            built = self.deit["build_dataset"](is_train=is_train, args=args)
-        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+            dataset, classes = self.deit["build_dataset"](is_train=is_train, args=args)
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(one_line(error)) from error
-        self.datasets[is_train] = built
+        self.datasets.append(dataset)
         if is_train and not args.eval:
-            steps_per_epoch(len(built[0]), args, self.processes)
-        return built
+            loaders.steps_per_epoch(len(dataset), args, self.processes)
+        return dataset, classes
 
     def create_model(self, name, **kwargs):
         """The model with its weights, before DeiT copies it for the weight average.
@@ -82,8 +86,8 @@ class Run:
         except (RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {size}: "
                             f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
-        self.headless = weights.fit(model, self.start.state["model"], self.start.path, name,
-                                    head_may_miss=not (self.args.eval or self.start.continues))
+        weights.fit(model, self.start.state["model"], self.start.path, name,
+                    head_may_miss=not (self.args.eval or self.start.epoch))
         return model
 
     def create_optimizer(self, args, model):
@@ -95,31 +99,27 @@ class Run:
                             "recipes use adamw") from error
 
     def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
-                        max_norm=None, model_ema=None, mixup_fn=None, **kwargs):
+                        max_norm, model_ema, *mixup_fn, **kwargs):
         """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
-        if self.epoch is None:
+        if self.began is None:
             self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
-        else:
+        elif self.rank == 0:
             self._commit()
-        self.epoch, self.loss_scaler, began = epoch, loss_scaler, time.monotonic()
-        loader = self.loaders.training(data_loader, self.sampler or data_loader.sampler)
-        if self.sampler:
-            self.sampler.set_epoch(epoch)  # on one process, HEAD does not
-            loader = Accumulation(loader, model, self.args.accum_iter)
-            optimizer, model_ema = loader.optimizer(optimizer), loader.model_ema(model_ema)
-            loss_scaler = loader.loss_scaler(loss_scaler)
-        stats = self.deit["train_one_epoch"](
-            model, criterion, loader, optimizer, device, epoch, loss_scaler, max_norm, model_ema,
-            mixup_fn, **kwargs)
+        began = time.monotonic()
+        self.train_loader.batch_sampler.set_epoch(epoch)
+        steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
+                             self.args.accum_iter)
+        stats = self.deit["train_one_epoch"](model, criterion, steps, steps, device, epoch, steps,
+                                             max_norm, model_ema and steps, *mixup_fn, **kwargs)
+        self.trained = {"epoch": epoch, "scaler": loss_scaler.state_dict()}  # not in 1d38fa4's
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
 
     def save_on_master(self, state, path):
         """Keep the state until the epoch's line is in log.txt; ``_commit`` writes it.
 
-        DeiT HEAD's own calls for ``best_checkpoint.pth`` know only the epochs of this launch.
+        Where is not for DeiT to say: HEAD's best accuracy knows only the epochs of this launch.
         """
-        if os.path.basename(path) == "checkpoint.pth":
-            self.unsaved = state
+        self.trained.update(state)
 
     def get_state_dict(self, model):
         """DeiT saves the weight average also where ``--no-model-ema`` left it out, and crashes."""
@@ -127,19 +127,19 @@ class Run:
 
     def evaluate(self, data_loader, model, device):
         """When due, over all processes; says how far the run is."""
-        if self.epoch is not None and not is_due(self.epoch, self.args.eval_freq, self.args.epochs):
+        if not (self.args.eval or self._is_due(self.args.eval_freq)):
             self._say_progress()
-            return NotEvaluated()
+            return Counter()  # nothing for log.txt, and for DeiT an acc1 of 0
         began = time.monotonic()
-        loader = self.loaders.evaluation(data_loader, self.rank, self.processes)
-        stats = evaluate(model, loader, device)
+        if self.test_loader is None:
+            self.test_loader = loaders.evaluation(data_loader, self.rank, self.processes)
+        stats = evaluate(model, self.test_loader, device)
         accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
-        if self.epoch is None:
-            images = count(len(data_loader.dataset), "image")
-            self.print(f"{self.start.path}: {accuracy} on {images}")
+        if self.args.eval:
+            self.print(f"{self.start.path}: {accuracy} on {count(len(self.datasets[1]), 'image')}")
             return stats
-        if self.best is None or stats["acc1"] > self.best["test_acc1"]:
-            self.best = {"epoch": self.epoch, "test_acc1": stats["acc1"]}
+        if stats["acc1"] > self.best["test_acc1"]:
+            self.best = {"epoch": self.trained["epoch"], "test_acc1": stats["acc1"]}
         self._say_progress(f"{accuracy} (best accuracy {self.best['test_acc1']:.2f} %); ")
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
 
@@ -153,44 +153,50 @@ class Run:
     def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
         if self.processes > 1:
             self._check_same_start(device)
-        if self.args.accum_iter > 1:
-            self.sampler = RanksInTurn(data_loader, self.rank, self.processes, self.args.accum_iter)
-        (train, _), (test, _) = self.datasets[True], self.datasets[False]
-        self.folder.begin(self.start.epoch, self.args.overwrite, {
-            "settings": self.args.settings, "differs": self.args.differs,
-            "train_images": len(train), "test_images": len(test), "classes": train.classes})
-        if self.start.continues:
-            self._restore(optimizer, loss_scaler, model_ema)
-        self.print("\n".join(self.plan()), flush=True)
+        if self.rank == 0:
+            train, test = self.datasets
+            rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
+                "settings": self.args.settings, "differs": self.args.differs,
+                "train_images": len(train), "test_images": len(test), "classes": train.classes})
+            self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
+        if self.start.epoch:  # go on as if never stopped, as no commit of DeiT does (README.md)
+            for name, part in (("optimizer", optimizer), ("scaler", loss_scaler),
+                               ("model_ema", model_ema and model_ema.ema)):
+                if part is not None and self.start.state.get(name):
+                    part.load_state_dict(self.start.state[name])
+        self.print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
+        self.train_loader = loaders.persistent(data_loader, RanksInTurn(
+            data_loader, self.rank, self.processes, self.args.accum_iter))
         self.began = time.monotonic()
 
     def plan(self):
         """What is trained from what and how, in lines."""
-        args, (train, classes), (test, _) = self.args, self.datasets[True], self.datasets[False]
-        start, rate = self.start.path, f"{args.settings['lr']:g}"
-        if self.start.continues:
+        args, start, (train, test) = self.args, self.start.path, self.datasets
+        if self.start.epoch:
             start += f", continued: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        elif self.headless:
+        elif "head.weight" not in self.start.state["model"]:
             start += " (the classifier head is new)"
+        size, lr = args.settings["effective_batch_size"], args.settings["lr"]
+        rate = f"{lr:g}"
         if not getattr(args, "unscale_lr", False):
-            size = args.settings["effective_batch_size"]
-            rate += f" x {size} / 512 = {args.settings['lr'] * size / 512:g}"
-        return [
+            rate += f" x {size} / 512 = {lr * size / 512:g}"
+        steps = loaders.steps_per_epoch(len(train), args, self.processes)
+        return "\n  ".join([
             f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} test "
-            f"images, {count(classes, 'class')}",
-            f"  start: {start}", f"  output: {args.output_dir}",
-            f"  effective batch size: {options.batch_size_in_words(args)}; "
-            f"{count(steps_per_epoch(len(train), args, self.processes), 'step')} per epoch",
-            f"  learning rate: {rate}",
-            f"  evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
+            f"images, {count(len(train.classes), 'class')}",
+            f"start: {start}",
+            f"output: {args.output_dir}",
+            f"effective batch size: {options.batch_size_in_words(args)}; "
+            f"{count(steps, 'step')} per epoch",
+            f"learning rate: {rate}",
+            f"evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(args.save_freq, 'epoch')}, both after the last",
-            "  settings that differ from the published recipe: "
-            + (", ".join(args.differs) or "none")]
+            f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
 
     def _check_origin(self, model):
         """A run's own checkpoint tells what no shape does: classes, and the model with its heads"""
-        state, path, classes = self.start.state, self.start.path, self.datasets[True][0].classes
+        state, path, classes = self.start.state, self.start.path, self.datasets[0].classes
         its_model = state.get("settings", {}).get("model", model)
         if its_model != model:
             raise UserError(f"{path} is of a run with --model {its_model}: pass that")
@@ -202,36 +208,19 @@ class Run:
     def _check_same_start(self, device):
         """Machines that do not share a folder would continue from different epochs."""
         epoch = self.start.epoch
-        extremes = torch.tensor([epoch, -epoch], device=device)
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
-        if extremes.tolist() != [epoch, -epoch]:
+        total = torch.tensor(epoch, device=device)
+        torch.distributed.all_reduce(total)
+        if total != epoch * self.processes:
             raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others elsewhere: "
                             "--output_dir must be one folder that all machines share")
 
-    def _restore(self, optimizer, loss_scaler, model_ema):
-        """Go on as if never stopped: optimizer with its learning rate, weight average, loss scale.
-
-        HEAD's own resuming is one epoch ahead in the learning rate; 1d38fa4 and e6b10b5 do not
-        restore the average, and 1d38fa4 has no loss scale.
-        """
-        state = self.start.state
-        optimizer.load_state_dict(state["optimizer"])
-        if model_ema is not None:
-            if not state.get("model_ema"):
-                raise UserError(f"{self.start.path} has no weight average to go on with: pass "
-                                "--no-model-ema, as for the run that wrote it")
-            model_ema.ema.load_state_dict(state["model_ema"])
-        if state.get("scaler"):
-            loss_scaler.load_state_dict(state["scaler"])
-        # Else the augmentation of the first epochs would be drawn again.
-        seed = self.args.seed + self.rank + self.processes * self.start.epoch
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        evaluated = [row for row in self.folder.rows() if "test_acc1" in row]
-        self.best = max(evaluated, key=lambda row: row["test_acc1"], default=None)
+    def _is_due(self, every):
+        """Whether what is done every ``every`` epochs and after the last is due."""
+        done = self.trained["epoch"] + 1
+        return done % every == 0 or done == self.args.epochs
 
     def _say_progress(self, accuracy=""):
-        done, epochs = self.epoch + 1, self.args.epochs
+        done, epochs = self.trained["epoch"] + 1, self.args.epochs
         elapsed = time.monotonic() - self.began
         to_go = elapsed / (done - self.start.epoch) * (epochs - done)
         so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
@@ -239,33 +228,12 @@ class Run:
                    flush=True)
 
     def _commit(self):
-        """Write what the epoch leaves, whose line is in log.txt now."""
-        state, self.unsaved = self.unsaved, None
-        if state is None:
-            return
-        state = {"scaler": self.loss_scaler.state_dict(), **state,  # 1d38fa4 leaves it out
+        """Write what the last epoch leaves, whose line is in log.txt now."""
+        state = {**self.trained,
                  "args": vars(self.args),  # a plain dict: torch.load reads it with weights_only
-                 "settings": self.args.settings, "classes": self.datasets[True][0].classes}
-        is_best = self.best is not None and self.best["epoch"] == self.epoch
+                 "settings": self.args.settings, "classes": self.datasets[0].classes}
+        is_best = self.best["epoch"] == state["epoch"]
         if is_best:  # then its epoch must not be lost, or log.txt would not know of it
             self.folder.save("best_checkpoint.pth", state)
-        if is_best or is_due(self.epoch, self.args.save_freq, self.args.epochs):
+        if is_best or self._is_due(self.args.save_freq):
             self.folder.save("checkpoint.pth", state)
-
-    def _finish(self):
-        """Write what is left to write; end the data workers and the process group; say the best."""
-        if self.epoch is not None:
-            self._commit()
-        self.loaders.close()
-        if self.best is not None:
-            folder = self.folder.path
-            self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
-                       f"{self.best['epoch'] + 1}, {folder / 'best_checkpoint.pth'}\n"
-                       f"Table and curves: python scripts/report.py {shlex.quote(str(folder))}")
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def is_due(epoch, every, epochs):
-    """Whether what is done every ``every`` epochs and after the last is due; ``epoch`` from 0."""
-    return (epoch + 1) % every == 0 or epoch + 1 == epochs
