@@ -42,7 +42,7 @@ def read(path):
 
 
 def fit(model, weights, path, model_name, head_may_miss=True):
-    """Load ``weights`` (name to tensor) into ``model``; return whether the head was missing.
+    """Load ``weights`` (name to tensor) into ``model``.
 
     Position embeddings of another input size are resampled. Raises UserError if anything but the
     head is missing, left over or of another shape, or if the attention heads differ.
@@ -63,7 +63,6 @@ def fit(model, weights, path, model_name, head_may_miss=True):
         reason = str(error).splitlines()[1].strip(" \t.")[:LONGEST_REASON]  # after a heading
         raise UserError(f"{path} does not fit --model {model_name} with "
                         f"{len(own.get(HEAD[0], ()))} classes: {reason}{advice}") from error
-    return headless
 
 
 def _check_attention_heads(model, weights, path, model_name):
@@ -71,14 +70,12 @@ def _check_attention_heads(model, weights, path, model_name):
 
     MoCo v3's fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
     """
-    table, blocks = weights.get("pos_embed"), getattr(model, "blocks", None)
-    if table is None or not blocks or not hasattr(blocks[0], "attn"):
-        return
-    heads, small = blocks[0].attn.num_heads, MOCO_V3_SMALL
-    is_small = table.shape[-1] == small["embed_dim"] and is_sine_cosine(table)
-    if is_small and heads != small["num_heads"]:
+    heads = [layer.num_heads for layer in model.modules() if hasattr(layer, "num_heads")]
+    table, small = weights.get("pos_embed"), MOCO_V3_SMALL
+    is_small = table is not None and table.shape[-1] == small["embed_dim"] and is_sine_cosine(table)
+    if is_small and heads and heads[0] != small["num_heads"]:
         raise UserError(f"{path} is MoCo v3's ViT-Small with {small['num_heads']} heads, --model "
-                        f"{model_name} has {heads}: pass --model moco_v3_vit_small_patch16_224")
+                        f"{model_name} has {heads[0]}: pass --model moco_v3_vit_small_patch16_224")
 
 
 def resample_position_embedding(weights, own):
