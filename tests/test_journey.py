@@ -8,7 +8,6 @@ import torch
 from conftest import (
     ERAS,
     MODEL,
-    ROOT,
     TRAIN_IMAGES,
     around_saving,
     expected_rates,
@@ -36,14 +35,13 @@ def noise(stderr):
 
 
 @pytest.mark.parametrize("recipe, era", ALL)
-def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tmp_path, request):
+def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tmp_path):
     flags = ["--resume", checkpoint, "--data-path", data / recipe, "--output_dir", tmp_path,
              "--epochs", EPOCHS, "--warmup-epochs", WARMUP, "--eval-freq", "2",
              "--num_workers", "1"]
     options = {"era": era, "processes": 2}
-    if recipe == "pets" or request.config.getoption("--all"):  # by the launcher
-        any_cifar = str(ROOT / "tests" / "any_cifar")
-        with running(recipe, *flags, **options, PYTHONPATH=any_cifar) as run:
+    if recipe == "pets":  # by the launcher
+        with running(recipe, *flags, **options) as run:
             wait_for((tmp_path / "checkpoint.pth").exists, seconds=300)
             kill_all(run, tmp_path)
             killed = end_of(run)
