@@ -90,12 +90,3 @@ def test_continuing_with_another_number_of_processes(first, then, tuned, tmp_pat
     assert len(log_of(tmp_path)) == 1
     tuned(ERAS[-1], *then, folder=tmp_path)
     assert_same(tmp_path, tuned(ERAS[-1], 4, 1))
-
-
-def test_what_is_said_of_it(colours, checkpoint):
-    flags = ["--data-set", "folder", "--data-path", colours, "--resume", checkpoint, "--check"]
-    said = fork("pets", *flags, "--batch-size", "2", "--accum-iter", "4", processes=2).stdout
-    assert "16 = 2 processes x 2 images x 4 accumulated" in said and "3 steps" in said
-    assert "--accum-iter 256" in said  # restores the published 1024
-    refused = fork("pets", *flags, "--batch-size", "8", "--accum-iter", "8")
-    assert "1 process x 8 accumulated = 6" in refused.stdout and refused.returncode == 2

@@ -52,14 +52,6 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     assert not any("--lr" in text or "--drop-path" in text for text in facts["differs"])
 
 
-@pytest.mark.parametrize("era", ERAS)
-def test_weight_average_starts_from_the_checkpoint(era, flags, checkpoint, tmp_path):
-    train("pets", *flags, "--epochs", "1", era=era)
-    start, state = saved(checkpoint)["model"], saved(tmp_path / "run" / "checkpoint.pth")
-    for name in start.keys() - {"pos_embed"}:  # which is resampled to the input size here
-        assert torch.allclose(state["model_ema"][name], start[name], atol=1e-6), name
-
-
 def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, tmp_path):
     flags = [*flags, "--epochs", "4", "--num_workers", "1"]
     train("pets", *flags)
