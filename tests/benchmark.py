@@ -3,10 +3,10 @@
 Every figure is a median of runs of each way in turn on this machine: what counts is the ratio.
 DEIT_DIR names the DeiT to train with; without it, the miniature is used.
 """
-import argparse
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,8 @@ import torch
 import conftest
 import generate
 
+REPEATS = 3
+TESTS = conftest.ROOT / "tests"
 PHOTO = (750, 500)  # pixels; near the usual size of a Flowers image
 AS_PUBLISHED = """
 import sys, torch
@@ -30,101 +32,77 @@ torch.save({"model": {name[len(prefix):]: value for name, value in state.items()
            sys.argv[2])
 """
 FLOOR = "import shutil, sys, torch; shutil.copyfile(sys.argv[1], sys.argv[2])"
-# Between the benchmark and what it measures, since a process inherits its parent's peak memory.
-WATCH = """
-import os, subprocess, sys, time
-began = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9)
-sys.exit(1 if status else 0)
-"""
 
 
 def main():
-    """Run the parts asked for; print a line for each figure as it comes."""
-    parts = {"converter": converter, "run": run}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART",
-                        help=f"of {', '.join(parts)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N",
-                        help="runs of which the median counts (default: 5)")
-    args = parser.parse_args()
+    """Print a line for each figure as it comes."""
     deit = "the miniature DeiT" if conftest.REAL_DEIT is None else f"DeiT in {conftest.REAL_DEIT}"
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
           f"timm {timm.__version__}, {deit}\n\n"
           "| measured | published | here | published / here |\n| --- | --- | --- | --- |")
-    for name in args.parts:
+    for part in (converter, run):
         with tempfile.TemporaryDirectory() as folder:
-            parts[name](Path(folder), args.repeats)
+            part(Path(folder))
+
+
+def measure(ways, output):
+    """Median seconds of each way, a command line that writes into ``output``; and its peak GB.
+
+    A process inherits its parent's peak, so this one must not grow large.
+    """
+    figures = {way: [] for way in ways}
+    for _ in range(REPEATS):
+        for way, words in ways.items():
+            shutil.rmtree(output, ignore_errors=True)  # to free old files takes time, too
+            output.mkdir()
+            os.sync()
+            began = time.perf_counter()
+            process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            figures[way].append((time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9))
+            assert status == 0, words
+    return {way: list(map(statistics.median, zip(*rows))) for way, rows in figures.items()}
 
 
 def line(what, theirs, ours, unit):
     """A line of the table: two medians and their ratio."""
-    theirs, ours = statistics.median(theirs), statistics.median(ours)
     print(f"| {what} | {theirs:.3g} {unit} | {ours:.3g} {unit} | {theirs / ours:.2f} |", flush=True)
 
 
-def convert(source, target):
-    """What converts on the command line, after Python's name."""
-    return [conftest.ROOT / "convert_to_deit.py", "--input", source, "--output", target]
-
-
-def converter(folder, repeats):
+def converter(folder):
     """ViT-Base with the optimizer's state, as MoCo v3 saves it."""
-    source, target, copied = (folder / name for name in ("moco-v3.pth.tar", "out.pth", "copied"))
-    generate.moco_checkpoint(source, width=768, depth=12, mlp_dim=4096, dim=256)
-    subprocess.run([sys.executable, *convert(source, copied)], stdout=subprocess.DEVNULL)
-    ways = {"here": convert(source, target), "published": ["-c", AS_PUBLISHED, source, target],
-            "floor": ["-c", FLOOR, copied, target]}
-    seconds, memory = {way: [] for way in ways}, {way: [] for way in ways}
-    for _ in range(repeats):
-        for way, arguments in ways.items():
-            os.sync()
-            source.read_bytes()  # each way finds it in the system's memory, as if just downloaded
-            watched = [sys.executable, "-S", "-c", WATCH, sys.executable, *arguments]
-            done = subprocess.run(watched, stdout=subprocess.PIPE, text=True, check=True)
-            for figures, figure in zip((seconds, memory), done.stdout.split()):
-                figures[way].append(float(figure))
-            target.unlink()  # to free an old one takes longer than to write a new one
-    line(f"converter, ViT-Base, {source.stat().st_size / 1e9:.2f} GB", seconds["published"],
-         seconds["here"], "s")
-    line("its peak memory", memory["published"], memory["here"], "GB")
-    line("the floor, to import torch and copy what comes out, against it", seconds["floor"],
-         seconds["here"], "s")
+    source, target, copied = folder / "moco-v3.pth.tar", folder / "out" / "pth", folder / "copied"
+    subprocess.run([sys.executable, TESTS / "generate.py", "checkpoint", source, "--width", "768",
+                    "--mlp-dim", "4096", "--dim", "256"], check=True)
+    convert = [sys.executable, conftest.ROOT / "convert_to_deit.py", "--input", source, "--output"]
+    subprocess.run([*convert, copied], stdout=subprocess.DEVNULL, check=True)
+    python = [sys.executable, "-c"]
+    figures = measure({"here": [*convert, target],
+                       "published": [*python, AS_PUBLISHED, source, target],
+                       "floor": [*python, FLOOR, copied, target]}, folder / "out")
+    (theirs, their_peak), (ours, our_peak) = figures["published"], figures["here"]
+    line(f"converter, ViT-Base, {source.stat().st_size / 1e9:.2f} GB", theirs, ours, "s")
+    line("its peak memory", their_peak, our_peak, "GB")
+    line("the floor, to import torch and copy what comes out, against it", figures["floor"][0],
+         ours, "s")
 
 
-def run(folder, repeats):
+def run(folder):
     """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
     generate.flowers(folder / "data", classes=16, test_per_class=12, size=PHOTO)
-    line("a run shaped like Flowers: 20 epochs, 32 train and 192 test images",
-         *train(folder, repeats), "s")
-
-
-def train(folder, repeats):
-    """Seconds of the published way and of ours, in turn."""
-    generate.moco_checkpoint(folder / "moco-v3.pth.tar")
-    subprocess.run([sys.executable, *convert(folder / "moco-v3.pth.tar", folder / "converted.pth")],
-                   check=True, stdout=subprocess.DEVNULL)
+    torch.save({"model": generate.encoder_state()}, folder / "converted.pth")
+    os.environ.update(conftest.environment(processes=2))
     ours = conftest.command(
         "flowers", "--model", "deit_tiny_patch16_224", "--input-size", "224", "--batch-size", "16",
         "--epochs", "20", "--resume", folder / "converted.pth", "--data-path", folder / "data",
         "--output_dir", folder / "out", "--num_workers", "10", "--eval-freq", "10",
-        "--save-freq", "10", "--overwrite")
-    environment = conftest.environment(processes=2)
-    complete = subprocess.run([*ours, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
-                              env=environment).stdout
-    published = str(conftest.ROOT / "tests" / "published.py")  # it ignores our flags
-    theirs = [published if word.endswith("/finetune.py") else word
-              for word in shlex.split(complete)]
-    seconds = [], []
-    for _ in range(repeats):
-        for command, measured in zip((theirs, ours), seconds):
-            began = time.perf_counter()
-            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, check=True)
-            measured.append(time.perf_counter() - began)
-    return seconds
+        "--save-freq", "10")
+    complete = subprocess.run([*ours, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True)
+    theirs = [str(TESTS / "published.py") if word.endswith("/finetune.py") else word
+              for word in shlex.split(complete.stdout)]  # it ignores our flags
+    figures = measure({"published": theirs, "here": ours}, folder / "out")
+    line("a run shaped like Flowers: 20 epochs, 32 train and 192 test images",
+         figures["published"][0], figures["here"][0], "s")
 
 
 if __name__ == "__main__":

@@ -55,14 +55,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A converted checkpoint that fits MODEL: the one named in CONVERTED, or one made here."""
-    if os.environ.get("CONVERTED"):
-        return Path(os.environ["CONVERTED"])
+    """A converted checkpoint that fits MODEL; where CONVERTED names a path, that one."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    generate.moco_checkpoint(folder / "moco.pth.tar", width=WIDTH, depth=DEPTH)
-    converted = folder / "converted.pth"
-    subprocess.run([sys.executable, ROOT / "convert_to_deit.py", "--input",
-                    folder / "moco.pth.tar", "--output", converted], check=True)
+    converted = Path(os.environ.get("CONVERTED", folder / "converted.pth"))
+    if not converted.exists():
+        generate.moco_checkpoint(folder / "moco.pth.tar", width=WIDTH, depth=DEPTH)
+        subprocess.run([sys.executable, ROOT / "convert_to_deit.py", "--input",
+                        folder / "moco.pth.tar", "--output", converted], check=True)
     return converted
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import scipy.io
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.datasets import CIFAR10, CIFAR100
 
 
 def picture(label, rng, size=(80, 64)):
@@ -49,7 +51,7 @@ def flowers(folder, classes=102, train_per_class=2, test_per_class=1, size=(80, 
     scipy.io.savemat(str(folder / "imagelabels.mat"), labels, do_compression=True)
 
 
-def pets(folder, classes=37, train_per_class=2, test_per_class=1, size=(80, 64)):
+def pets(folder, classes=37, train_per_class=2, test_per_class=1):
     """Oxford-IIIT Pets: images/ and annotations/, with files that are not what they seem."""
     folder, rng = Path(folder), np.random.default_rng(0)
     lines = {"trainval": [], "test": []}
@@ -57,7 +59,7 @@ def pets(folder, classes=37, train_per_class=2, test_per_class=1, size=(80, 64))
         species = 1 if label % 3 == 0 else 2
         for number in range(1, train_per_class + test_per_class + 1):
             name = f"{['Cat', 'dog'][species - 1]}_breed{label + 1}_{number}"
-            write_picture(folder / "images" / f"{name}.jpg", label, rng, size)
+            write_picture(folder / "images" / f"{name}.jpg", label, rng)
             split = "trainval" if number <= train_per_class else "test"
             lines[split].append(f"{name} {label + 1} {species} {label + 1}\n")
     (folder / "annotations").mkdir(exist_ok=True)
@@ -78,27 +80,23 @@ def images(folder, train=6, val=2):
                 write_picture(Path(folder, split, name, f"{number}.png"), label, rng)
 
 
-def cifar(folder, name="cifar10", train=500, test=100):
+def cifar(folder, name, train, test):
     """CIFAR as torchvision reads it, ``train`` and ``test`` images in all.
 
     Their md5 is not the official one: torchvision reads them only with its check taken out.
     """
     rng = np.random.default_rng(0)
-    if name == "cifar10":
-        base, classes, key = Path(folder, "cifar-10-batches-py"), 10, "labels"
-        parts = {f"data_batch_{i + 1}": len(range(i, train, 5)) for i in range(5)}
-        parts["test_batch"] = test
-        meta = "batches.meta", "label_names"
-    else:
-        base, classes, key = Path(folder, "cifar-100-python"), 100, "fine_labels"
-        parts = {"train": train, "test": test}
-        meta = "meta", "fine_label_names"
-    contents = {meta[0]: {meta[1]: [f"class {i}" for i in range(classes)]}}
-    for part, count in parts.items():
-        labels = rng.permutation(np.arange(count) % classes)
-        pixels = np.array([picture(label, rng, (32, 32)) for label in labels], np.uint8)
-        rows = pixels.transpose(0, 3, 1, 2).reshape(-1, 3072).copy()
-        contents[part] = {"data": rows, key: labels.tolist()}
+    kind, classes, key = {"cifar10": (CIFAR10, 10, "labels"),
+                          "cifar100": (CIFAR100, 100, "fine_labels")}[name]
+    names = [f"class {number}" for number in range(classes)]
+    contents = {kind.meta["filename"]: {kind.meta["key"]: names}}
+    for parts, images in ((kind.train_list, train), (kind.test_list, test)):
+        for part, _ in parts:
+            labels = rng.permutation(np.arange(images // len(parts)) % classes)
+            pixels = np.array([picture(label, rng, (32, 32)) for label in labels], np.uint8)
+            rows = pixels.transpose(0, 3, 1, 2).reshape(-1, 3072).copy()
+            contents[part] = {"data": rows, key: labels.tolist()}
+    base = Path(folder, kind.base_folder)
     base.mkdir(parents=True, exist_ok=True)
     for part, content in contents.items():
         # NumPy's module under the name that every version can read, as in the official files.
@@ -122,27 +120,15 @@ def sin_cos_table(width, side):
 def encoder_state(width=192, depth=12, seed=0):
     """A fresh ViT encoder's tensors by name: patch 16, 224 x 224 input, no head."""
     rng = torch.Generator().manual_seed(seed)
-
-    def weight(*shape):
-        return torch.randn(shape, generator=rng).clamp_(-2, 2) * 0.02
-
-    def norm(name):
-        return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
-
-    def linear(name, outputs, inputs):
-        return {f"{name}.weight": weight(outputs, inputs), f"{name}.bias": torch.zeros(outputs)}
-
-    state = {"cls_token": weight(1, 1, width), "pos_embed": sin_cos_table(width, 14)}
-    state["patch_embed.proj.weight"] = weight(width, 3, 16, 16)
-    state["patch_embed.proj.bias"] = torch.zeros(width)
-    for block in (f"blocks.{i}" for i in range(depth)):
-        state.update(norm(f"{block}.norm1"))
-        state.update(linear(f"{block}.attn.qkv", 3 * width, width))
-        state.update(linear(f"{block}.attn.proj", width, width))
-        state.update(norm(f"{block}.norm2"))
-        state.update(linear(f"{block}.mlp.fc1", 4 * width, width))
-        state.update(linear(f"{block}.mlp.fc2", width, 4 * width))
-    state.update(norm("norm"))
+    vit = VisionTransformer(embed_dim=width, depth=depth, num_heads=2, qkv_bias=True, num_classes=0)
+    state = dict(vit.state_dict())
+    for name, tensor in state.items():
+        if name == "pos_embed":
+            state[name] = sin_cos_table(width, 14)
+        elif tensor.dim() > 1:
+            state[name] = torch.randn(tensor.shape, generator=rng).clamp_(-2, 2) * 0.02
+        else:
+            tensor.fill_(name.endswith("weight"))  # of a norm; a bias is 0
     return state
 
 
@@ -162,28 +148,28 @@ def moco_checkpoint(path, width=192, depth=12, mlp_dim=64, dim=32, prefix="modul
         state.update({f"{prefix}{encoder}.{name}": tensor for name, tensor in tensors.items()})
     for name, tensor in mlp_state(dim, mlp_dim, dim).items():
         state[f"{prefix}predictor.{name}"] = tensor
-    trained = [tensor for name, tensor in state.items() if "momentum_encoder" not in name
-               and name.endswith(("weight", "bias", "cls_token"))]
+    trained = [tensor for name, tensor in state.items()
+               if "momentum_encoder" not in name and not name.endswith("pos_embed")]
     moments = {number: {"step": 1000, "exp_avg": torch.zeros_like(tensor),
                         "exp_avg_sq": torch.zeros_like(tensor)}
                for number, tensor in enumerate(trained)}
-    group = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1,
-             "amsgrad": False, "params": list(moments)}
+    group = {"lr": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.1, "params": list(moments)}
     checkpoint = {"epoch": 300, "arch": "vit_base", "state_dict": state,
                   "optimizer": {"state": moments, "param_groups": [group]},
-                  "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0}}
+                  "scaler": {"scale": 65536.0}}
     torch.save(checkpoint, str(path))
     return checkpoint
 
 
 def main():
-    """The command line, for demo.sh and the matrix."""
+    """The command line, for demo.sh and benchmark.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      argument_default=argparse.SUPPRESS)
-    made = {"flowers": flowers, "pets": pets, "checkpoint": moco_checkpoint}
+    made = {"flowers": flowers, "checkpoint": moco_checkpoint}
     parser.add_argument("what", choices=made)
     parser.add_argument("out", help="folder (or checkpoint file) to write")
-    for flag in ("--classes", "--train-per-class", "--test-per-class", "--width", "--depth"):
+    for flag in ("--classes", "--train-per-class", "--test-per-class", "--width",
+                 "--mlp-dim", "--dim"):
         parser.add_argument(flag, type=int, metavar="N")
     given = vars(parser.parse_args())
     made[given.pop("what")](given.pop("out"), **given)

@@ -3,6 +3,8 @@
 The pictures are of one colour each, so that augmentation cannot change them, and the optimizer is
 SGD: AdamW would hide a wrong scale of the gradient.
 """
+import functools
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,19 +37,16 @@ def colours(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tuned(colours, checkpoint, tmp_path_factory):
     """tuned(era, processes, accum_iter): the folder of a run that makes steps of 8 images."""
-    made = {}
-
+    @functools.lru_cache(maxsize=None)
     def tune(era, processes, accum_iter, folder=None, train=train, **options):
-        key = (era, processes, accum_iter)
-        if folder is None and key in made:
-            return made[key]
-        run = folder or tmp_path_factory.mktemp("run")
+        folder = folder or tmp_path_factory.mktemp("run")
         train("pets", "--data-set", "folder", "--data-path", colours, "--resume", checkpoint,
-              "--output_dir", run, "--batch-size", "2", "--accum-iter", accum_iter, "--opt", "sgd",
-              "--lr", "3", "--warmup-epochs", "0", "--mixup", "0", "--model-ema-decay", "0.8",
+              "--output_dir", folder, "--batch-size", "2", "--accum-iter", accum_iter,
+              "--opt", "sgd", "--lr", "3", "--warmup-epochs", "0", "--mixup", "0",
+              "--model-ema-decay", "0.8",
               "--weight-decay", "0",  # DeiT of 2020 decays other weights without a process group
               *CLIPPING.get(era, []), processes=processes, era=era, **options)
-        return run if folder else made.setdefault(key, run)
+        return folder
 
     return tune
 
@@ -74,16 +73,15 @@ def test_fewer_processes_train_what_four_train(era, processes, accum_iter, tuned
     assert_same(tuned(era, processes, accum_iter), tuned(era, 4, 1))
 
 
-def test_a_wrong_gradient_would_be_found(tuned, tmp_path):
+def test_a_wrong_gradient_would_be_found(tuned):
     """Four times as large, as without averaging."""
-    wrong = tuned(ERAS[-1], 1, 4, folder=tmp_path, altered=SUM_OF_FOUR)
+    wrong = tuned(ERAS[-1], 1, 4, altered=SUM_OF_FOUR)
     assert distance(wrong, tuned(ERAS[-1], 4, 1)) > 1e-3
 
 
-def test_without_a_process_group(tuned, tmp_path):
+def test_without_a_process_group(tuned):
     """DeiT's HEAD has another sampler there."""
-    alone = tuned(ERAS[-1], 1, 4, folder=tmp_path, alone=True)
-    assert distance(alone, tuned(ERAS[-1], 4, 1)) < 1e-5
+    assert_same(tuned(ERAS[-1], 1, 4, alone=True), tuned(ERAS[-1], 4, 1))
 
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])
@@ -92,12 +90,3 @@ def test_continuing_with_another_number_of_processes(first, then, tuned, tmp_pat
     assert len(log_of(tmp_path)) == 1
     tuned(ERAS[-1], *then, folder=tmp_path)
     assert_same(tmp_path, tuned(ERAS[-1], 4, 1))
-
-
-def test_what_is_said_of_it(colours, checkpoint):
-    flags = ["--data-set", "folder", "--data-path", colours, "--resume", checkpoint, "--check"]
-    said = fork("pets", *flags, "--batch-size", "2", "--accum-iter", "4", processes=2).stdout
-    assert "16 = 2 processes x 2 images x 4 accumulated" in said and "3 steps" in said
-    assert "--accum-iter 256" in said  # restores the published 1024
-    refused = fork("pets", *flags, "--batch-size", "8", "--accum-iter", "8")
-    assert "1 process x 8 accumulated = 6" in refused.stdout and refused.returncode == 2

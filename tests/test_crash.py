@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -32,27 +31,17 @@ def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path
         assert "Traceback" not in end_of(run).stderr
 
 
-def test_a_rank_that_is_killed_is_named(flags, tmp_path):
-    with running("pets", *flags, *LONG, processes=2) as run:
+@pytest.mark.parametrize("processes, workers, says", [
+    (2, 0, "SIGKILL"), (1, 1, "DataLoader worker.*--num_workers")])
+def test_a_process_that_is_killed_is_named(processes, workers, says, flags, tmp_path):
+    """A rank or a data worker, as the system kills one when memory runs out."""
+    with running("pets", *flags, *LONG, "--num_workers", workers, processes=processes) as run:
         wait_for_epochs(tmp_path / "run")
         os.kill(max(processes_of(tmp_path)), signal.SIGKILL)
         done = end_of(run)
     assert done.returncode not in (0, 2)
-    assert "SIGKILL" in done.stderr and "Traceback" not in done.stderr
-    assert not processes_of(tmp_path)
-
-
-def test_a_data_worker_that_is_killed_is_named(flags, tmp_path):
-    """As the system kills one when memory runs out."""
-    with running("pets", *flags, *LONG, "--num_workers", "1") as run:
-        wait_for_epochs(tmp_path / "run")
-        ours = processes_of(tmp_path)
-        parents = {process: int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
-                                .split()[1]) for process in ours}
-        os.kill(next(process for process in ours if parents[process] in ours), signal.SIGKILL)
-        line = error_of(end_of(run), status=1)
-    assert "DataLoader worker" in line and "--num_workers" in line
-    assert not processes_of(tmp_path)
+    assert re.search(says, done.stderr) and done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr and not processes_of(tmp_path)
 
 
 def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):

@@ -2,6 +2,7 @@
 
 REAL_SLURM=1 also submits a job to the Slurm of this machine, which takes some minutes.
 """
+import contextlib
 import os
 import shutil
 import signal
@@ -15,16 +16,18 @@ from forked import free_port
 from underway import end_of, processes_of, running, wait_for, wait_for_epochs
 
 
-def two_nodes():
-    """The environment of a launch on each of two nodes."""
+@contextlib.contextmanager
+def two_nodes(*flags):
+    """Launches of the Pets recipe on two nodes that are under way."""
     shared = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [{"NODE_RANK": rank, **shared} for rank in "01"]
+    with running("pets", *flags, NODE_RANK="0", **shared) as first, \
+            running("pets", *flags, NODE_RANK="1", **shared) as second:
+        yield first, second
 
 
 def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
-    first, second = two_nodes()
-    with running("pets", *flags, **first) as run, running("pets", *flags, **second) as other:
-        done = [end_of(node, timeout=120) for node in (run, other)]
+    with two_nodes(*flags) as nodes:
+        done = [end_of(node, timeout=120) for node in nodes]
     assert [node.returncode for node in done] == [0, 0], done
     assert "16 = 2 processes x 8 images" in done[0].stdout
     assert "Fine-tuning" not in done[1].stdout  # one node speaks for all
@@ -36,15 +39,13 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_goes_down_ends_the_other(flags, tmp_path):
-    flags = [*flags, "--epochs", "500"]
-    first, second = two_nodes()
-    with running("pets", *flags, **first) as run, running("pets", *flags, **second) as other:
+    with two_nodes(*flags, "--epochs", "500") as (first, second):
         wait_for_epochs(tmp_path / "run")
         of_second = [process for process in processes_of(tmp_path) if b"NODE_RANK=1"
                      in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")]
-        for process in [other.pid, *of_second]:
+        for process in [second.pid, *of_second]:
             os.kill(process, signal.SIGKILL)
-        done = end_of(run)
+        done = end_of(first)
         assert done.returncode != 0
         assert "onnection" in done.stderr  # is lost, which is all that this node can know
         wait_for(lambda: not processes_of(tmp_path), seconds=20)
@@ -61,7 +62,6 @@ STAND_INS = {
             show-job) echo "   PreemptTime=$PREEMPTED"; echo "   Command=$SUBMITTED pets --flag" ;;
             requeue-*) echo "$2" >> requeued ;;
         esac""",
-    "show": "printf '%q ' \"$@\"; echo",
     # Runs until the job is re-queued, as Slurm then ends it; with FAILS set, fails at once.
     "python": """
         touch started
@@ -97,7 +97,7 @@ def slurm(tmp_path):
 
 
 def test_slurm_job_runs_the_recipe_on_every_node(slurm):
-    done = end_of(slurm("pets", "--resume", "a b.pth", "--batch-size", "256", PYTHON="show"))
+    done = end_of(slurm("pets", "--resume", "a b.pth", "--batch-size", "256", "--dry-run"))
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr, len(lines)) == (0, "", 2)
     for rank, line in enumerate(lines):

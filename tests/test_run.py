@@ -52,14 +52,6 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     assert not any("--lr" in text or "--drop-path" in text for text in facts["differs"])
 
 
-@pytest.mark.parametrize("era", ERAS)
-def test_weight_average_starts_from_the_checkpoint(era, flags, checkpoint, tmp_path):
-    train("pets", *flags, "--epochs", "1", era=era)
-    start, state = saved(checkpoint)["model"], saved(tmp_path / "run" / "checkpoint.pth")
-    for name in start.keys() - {"pos_embed"}:  # which is resampled to the input size here
-        assert torch.allclose(state["model_ema"][name], start[name], atol=1e-6), name
-
-
 def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, tmp_path):
     flags = [*flags, "--epochs", "4", "--num_workers", "1"]
     train("pets", *flags)
@@ -82,20 +74,16 @@ def tuned(data, checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_evaluation_counts_every_image_once_for_any_number_of_processes(processes, data, tuned):
-    done = train("pets", "--eval", "--resume", tuned / "checkpoint.pth", "--data-path",
-                 data / "pets", processes=processes)
+def test_evaluation_counts_every_image_once(processes, data, tuned, tmp_path):
+    """Of a checkpoint as plain DeiT writes it, over any number of processes."""
+    path = tmp_path / "deit.pth"
+    torch.save({**saved(tuned / "checkpoint.pth"), "args": argparse.Namespace(lr=1e-3)}, path)
+    done = train("pets", "--eval", "--resume", path, "--data-path", data / "pets",
+                 processes=processes)
     row = log_of(tuned)[0]
     assert done.stdout.count(": test accuracy") == 1
     assert f"test accuracy {row['test_acc1']:.2f} %, top-5 {row['test_acc5']:.2f} %" in done.stdout
     assert f"loss {row['test_loss']:.4f}" in done.stdout and "21 images" in done.stdout
-
-
-def test_a_checkpoint_of_plain_deit_can_be_evaluated(data, tuned, tmp_path):
-    path = tmp_path / "deit.pth"
-    torch.save({**saved(tuned / "checkpoint.pth"), "args": argparse.Namespace(lr=1e-3)}, path)
-    done = train("pets", "--eval", "--data-path", data / "pets", "--resume", path)
-    assert f"test accuracy {log_of(tuned)[0]['test_acc1']:.2f} %" in done.stdout
 
 
 def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
@@ -121,11 +109,12 @@ def test_own_images_train_continue_and_evaluate(flags, tmp_path):
     assert json.loads((run / "run.json").read_text())["classes"] == ["ant", "bee", "cow"]
     assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
     evaluate = [*flags, "--eval", "--resume", run / "checkpoint.pth"]
+    (own / "val").rename(own / "test")
     assert "on 6 images" in train("pets", *evaluate).stdout
     other = fork("pets", *evaluate, "--model", "deit_tiny_patch16_224")
     assert f"is of a run with --model {MODEL}" in error_of(other)
-    for split in ("train", "val"):
+    for split in ("train", "test"):
         (own / split / "ant").rename(own / split / "zebra")
     assert "other classes, ant, bee, cow" in error_of(fork("pets", *evaluate))
-    (own / "val" / "bee").rename(own / "bee")
+    (own / "test" / "bee").rename(own / "bee")
     assert "bee" in error_of(fork("pets", *flags, "--output_dir", tmp_path / "new"))

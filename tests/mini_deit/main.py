@@ -68,7 +68,6 @@ def main(args):
     ema = ModelEma(model, decay=args.model_ema_decay) if args.model_ema else None
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[args.gpu])
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     args.lr *= args.batch_size * utils.get_world_size() / 512
     optimizer = create_optimizer(args, bare if SINCE_2021 else model)
     scaler = NativeScaler()
@@ -108,7 +107,7 @@ def main(args):
         print(f"Max accuracy: {best:.2f}%")
         row = {**{f"train_{name}": value for name, value in trained.items()},
                **{f"test_{name}": value for name, value in tested.items()},
-               "epoch": epoch, "n_parameters": parameters}
+               "epoch": epoch}
         if utils.get_rank() == 0:
             with open(Path(args.output_dir, "log.txt"), "a") as out:
                 out.write(f"{json.dumps(row)}\n")
