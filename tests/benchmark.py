@@ -20,7 +20,6 @@ import torch
 import conftest
 import generate
 
-REPEATS = 3
 TESTS = conftest.ROOT / "tests"
 PHOTO = (750, 500)  # pixels; near the usual size of a Flowers image
 AS_PUBLISHED = """
@@ -45,13 +44,13 @@ def main():
             part(Path(folder))
 
 
-def measure(ways, output):
+def measure(ways, output, repeats=1):
     """Median seconds of each way, a command line that writes into ``output``; and its peak GB.
 
     A process inherits its parent's peak, so this one must not grow large.
     """
     figures = {way: [] for way in ways}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for way, words in ways.items():
             shutil.rmtree(output, ignore_errors=True)  # to free old files takes time, too
             output.mkdir()
@@ -79,7 +78,7 @@ def converter(folder):
     python = [sys.executable, "-c"]
     figures = measure({"here": [*convert, target],
                        "published": [*python, AS_PUBLISHED, source, target],
-                       "floor": [*python, FLOOR, copied, target]}, folder / "out")
+                       "floor": [*python, FLOOR, copied, target]}, folder / "out", repeats=3)
     (theirs, their_peak), (ours, our_peak) = figures["published"], figures["here"]
     line(f"converter, ViT-Base, {source.stat().st_size / 1e9:.2f} GB", theirs, ours, "s")
     line("its peak memory", their_peak, our_peak, "GB")
