@@ -110,9 +110,9 @@ def _reason(error: Exception, path: str) -> str:
     if not refused:
         detail = f"{type(error).__name__}: {text[:100]}".splitlines()[0]
         return f"damaged, cut short or no PyTorch checkpoint ({detail}); download it again"
-    keys = '("state_dict", "model", "epoch")'
-    resave = (f'import sys, torch; old = torch.load(sys.argv[1], "cpu", weights_only=False); '
-              f'torch.save({{key: old[key] for key in {keys} if key in old}}, sys.argv[2])')
+    resave = ('import sys, torch; old = torch.load(sys.argv[1], "cpu", weights_only=False); '
+              'torch.save({k: v for k, v in old.items() if torch.is_tensor(v) or '
+              'k in ("state_dict", "model", "epoch")}, sys.argv[2])')
     old, new = shlex.quote(path), shlex.quote(f"{path}.weights")
     return (f"contains {refused[1]}, which could run code; if you trust the file, type: "
             f"python -c {shlex.quote(resave)} {old} {new} and pass {path}.weights, which it makes")

@@ -26,8 +26,7 @@ def main():
     if start.epoch < args.epochs:
         Run(deit, args, folder, start).train()
     elif options.rank() == 0:
-        print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
-              "it to --resume, with more --epochs and another --output_dir")
+        print(f"{start.path} has all {args.epochs} epochs: nothing left to train")
     return None
 
 

@@ -55,10 +55,11 @@ def refusal(capfd, status, folder):
 
 def assert_same(expected, path):
     """The file has exactly those tensors: names, order, types, shapes and bits."""
+    content = load(str(path))
     found, wanted = ([(name, tensor.dtype, tensor.shape, tensor.numpy().tobytes())
                       for name, tensor in tensors.items()]
-                     for tensors in (load(str(path))["model"], expected))
-    assert found == wanted
+                     for tensors in (content["model"], expected))
+    assert list(content) == ["model"] and found == wanted
 
 
 @pytest.mark.parametrize("prefix", ["module.", "", "_orig_mod.module.", "module._orig_mod."])

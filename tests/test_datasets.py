@@ -272,10 +272,12 @@ def test_failed_download(tmp_path, any_cifar, monkeypatch, name):
     assert all(word in text for word in ["cannot download", str(tmp_path), "again", *files])
 
 
-@pytest.mark.parametrize("trouble", ["no locks", "Windows"])
+@pytest.mark.parametrize("trouble", ["no locks", "Windows", "lock of someone else"])
 def test_without_a_lock(served, tmp_path, monkeypatch, trouble):
     if trouble == "Windows":
         monkeypatch.setitem(sys.modules, "fcntl", None)
+    elif trouble == "lock of someone else":
+        (tmp_path / ".download.lock").mkdir()  # cannot be opened either
     else:
         monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
     with pytest.warns(UserWarning) as warned:

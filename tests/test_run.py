@@ -61,7 +61,10 @@ def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, t
     assert claims == [False, False, True, True] and third.stdout.count(": test accuracy") == 2
     losses = [[row["train_loss"] for row in log_of(tmp_path / name)] for name in ("run", "third")]
     assert losses[0] == losses[1]
-    assert saved(tmp_path / "third" / "checkpoint.pth")["model_ema"] is None
+    last = tmp_path / "third" / "checkpoint.pth"
+    assert saved(last)["model_ema"] is None
+    assert "--no-model-ema" in error_of(fork("pets", *flags, "--epochs", "5", "--resume", last,
+                                             "--output_dir", tmp_path / "fifth"))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,8 @@ def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
     """As with DeiT: --resume names a run's checkpoint, --output_dir another folder."""
     flags = ["--data-path", data / "pets", "--output_dir", tmp_path, "--epochs", "2",
              "--lr", "1e-1", "--warmup-epochs", "0"]
+    few = fork("pets", *flags, "--resume", tuned / "checkpoint.pth", "--epochs", "1")
+    assert "pass more --epochs" in error_of(few)
     done = train("pets", *flags, "--resume", tuned / "checkpoint.pth")
     assert "epoch 2 of 2 comes next" in done.stdout
     assert [row["epoch"] for row in log_of(tmp_path)] == [1]

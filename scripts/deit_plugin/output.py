@@ -14,7 +14,7 @@ from pathlib import Path
 import convert_to_deit
 
 from . import options, weights
-from .errors import UserError
+from .errors import REFUSED, UserError
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 # Where a run begins: a checkpoint and its path, and the first epoch, 0 unless a run goes on.
@@ -76,9 +76,13 @@ class RunFolder:
             raise UserError(f"{error}{advice}") from None
         if args.eval or "optimizer" not in state or "epoch" not in state:
             return Start(state, path, 0)
+        epoch = state["epoch"] + 1
         if self.contains(path):
             self._check_settings(args, path, state)
-        return Start(state, path, state["epoch"] + 1)
+        elif epoch >= args.epochs:
+            raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
+                            "go on from it")
+        return Start(state, path, epoch)
 
     def _check_settings(self, args, path, state):
         before = dict(state.get("settings", {}))  # plain DeiT notes none
@@ -108,17 +112,25 @@ class RunFolder:
         kept = [row for row in rows if row["epoch"] < epochs]
         lines = "".join(json.dumps(row) + "\n" for row in kept)
         for name, text in (("log.txt", lines), ("run.json", json.dumps(facts, indent=1))):
-            with convert_to_deit.whole_file(str(self.path / name)) as file:
+            path = self.path / name
+            with _explained(path, REFUSED), convert_to_deit.whole_file(str(path)) as file:
                 file.write(text.encode())
         return kept
 
     def save(self, name, state):
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
-        try:
+        with _explained(self.path / name, status=1):
             with open(self.path / "log.txt", "rb") as log:
                 os.fsync(log.fileno())
             convert_to_deit.save(state, str(self.path / name))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path / name}: {error.strerror or error}: make "
-                            "room and launch again, which goes on from the last checkpoint.pth "
-                            "that is whole", status=1) from error
+
+
+@contextlib.contextmanager
+def _explained(path, status):
+    """Say in one line why a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        kept = ", the last whole one is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}: make room and "
+                        "launch again", status) from error

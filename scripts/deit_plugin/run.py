@@ -159,16 +159,25 @@ class Run:
                 "settings": self.args.settings, "differs": self.args.differs,
                 "train_images": len(train), "test_images": len(test), "classes": train.classes})
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
-        if self.start.epoch:  # go on as if never stopped, as no commit of DeiT does (README.md)
-            for name, part in (("optimizer", optimizer), ("scaler", loss_scaler),
-                               ("model_ema", model_ema and model_ema.ema)):
-                if part is not None and self.start.state.get(name):
-                    part.load_state_dict(self.start.state[name])
+        if self.start.epoch:
+            self._restore(optimizer, loss_scaler, model_ema)
         self.print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
         self.train_loader = loaders.persistent(data_loader, RanksInTurn(
             data_loader, self.rank, self.processes, self.args.accum_iter))
         self.began = time.monotonic()
+
+    def _restore(self, optimizer, loss_scaler, model_ema):
+        """Go on as if never stopped, as no commit of DeiT does: see README.md's last table."""
+        state = self.start.state
+        if model_ema is not None and not state.get("model_ema"):
+            raise UserError(f"{self.start.path} has no weight average to go on with: pass "
+                            "--no-model-ema, as for the run that wrote it")
+        optimizer.load_state_dict(state["optimizer"])
+        if model_ema is not None:
+            model_ema.ema.load_state_dict(state["model_ema"])
+        if state.get("scaler"):  # DeiT's own of December 2020 has none
+            loss_scaler.load_state_dict(state["scaler"])
 
     def plan(self):
         """What is trained from what and how, in lines."""
@@ -208,9 +217,9 @@ class Run:
     def _check_same_start(self, device):
         """Machines that do not share a folder would continue from different epochs."""
         epoch = self.start.epoch
-        total = torch.tensor(epoch, device=device)
-        torch.distributed.all_reduce(total)
-        if total != epoch * self.processes:
+        extremes = torch.tensor([epoch, -epoch], device=device)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
+        if extremes.tolist() != [epoch, -epoch]:
             raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others elsewhere: "
                             "--output_dir must be one folder that all machines share")
 
