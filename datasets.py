@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Set, Tuple
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.utils import calculate_md5, check_md5
 
-from oxford_flowers_dataset import Flowers, read_image
+from oxford_flowers_dataset import Flowers
 from oxford_pets_dataset import Pets
 
 
@@ -74,13 +74,28 @@ def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
         dataset = build(download=False)
     except (FileNotFoundError, NotADirectoryError) as error:
         download = data_set.always_download or (getattr(args, "download", False) and data_set.url)
-        _refuse(data_set, root, error.filename, download)
+        advice = _elsewhere(data_set.layout, Path(root), error.filename)
+        if advice or not download:
+            advice = advice or _how_to_get(data_set, root)
+            raise FileNotFoundError(f"{error.filename} is missing; {advice}") from error
         dataset = _download(data_set, root, build)
+    if not len(dataset):
+        raise ValueError(f"{root}: its lists name no {'train' if is_train else 'test'} images")
+    if hasattr(dataset, "loader"):  # it reads a file for each image
+        dataset.loader = functools.partial(_read_image, dataset.loader)
     official = data_set.images.get(is_train, len(dataset))
     if len(dataset) != official:
         warnings.warn(f"{root} contains {len(dataset)} {'train' if is_train else 'test'} images; "
                       f"the official data set has {official}", stacklevel=2)
     return dataset, len(dataset.classes)
+
+
+def _read_image(loader: Callable, path: str) -> Any:
+    """What the loader makes of a file; raises OSError with its path where it cannot be decoded."""
+    try:
+        return loader(path)
+    except Exception as error:  # Pillow's decoders raise all sorts
+        raise OSError(f"{path} is not readable as an image: {error!r}") from error
 
 
 class DataSet(NamedTuple):
@@ -101,16 +116,16 @@ def _cifar(cifar: Any) -> DataSet:
     layout = tuple(f"{cifar.base_folder}/{name}" for name in names)
 
     def build(root, train, transform, download):
+        absent = [path for path in layout if not os.path.exists(os.path.join(root, path))]
         try:
-            return cifar(root, train, transform)
+            return cifar(root, train, transform, download=bool(download and absent))
         except RuntimeError as error:
-            absent = [path for path in layout if not os.path.exists(os.path.join(root, path))]
-            if absent and download:
-                return cifar(root, train, transform, download=True)
             folder = os.path.join(root, cifar.base_folder)
             if not download:  # another process may be unpacking it: look again after that
-                raise FileNotFoundError(errno.ENOENT, "incomplete", os.path.join(
-                    root, absent[0]) if absent else folder) from error
+                missing = os.path.join(root, absent[0]) if absent else folder
+                raise FileNotFoundError(errno.ENOENT, "incomplete", missing) from error
+            if absent:
+                raise
             raise ValueError(f"{folder} contains other files than the official ones (their md5 "
                              "differs): delete it, and they are downloaded") from error
 
@@ -127,7 +142,7 @@ def _image_folder(root: str, train: bool, transform: Callable, download: bool) -
                          f"has {', '.join(sorted(unequal))}")
     folder = os.path.join(root, "train" if train else test)
     try:
-        dataset = ImageFolder(folder, transform, loader=read_image)
+        dataset = ImageFolder(folder, transform)
     except (FileNotFoundError, RuntimeError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     empty = classes - {dataset.classes[label] for label in dataset.targets}
@@ -154,21 +169,6 @@ DATA_SETS = {
 }
 
 
-def _refuse(data_set: DataSet, root: str, missing: str, download: bool) -> None:
-    """Raise FileNotFoundError with what to do instead, unless a download is what helps."""
-    advice = _elsewhere(data_set.layout, Path(root), missing)
-    if not (advice or download):
-        advice = f"{root} must contain {data_set.expected or ', '.join(data_set.layout)}"
-        for name, md5 in data_set.md5.items():
-            path = os.path.join(root, name)
-            if name.endswith("gz") and os.path.isfile(path) and not check_md5(path, md5):
-                advice = f"the md5 of {path} is {calculate_md5(path)} instead of {md5}"
-        if data_set.url:
-            advice += f"; --download gets it from {data_set.url}"
-    if advice:
-        raise FileNotFoundError(f"{missing} is missing; {advice}")
-
-
 def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
     """What to pass or move if the data are a level above `root`, up to two below, or misnamed."""
     if root.is_file():
@@ -182,8 +182,7 @@ def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
     changes = []
     for pattern in absent or [str(Path(missing).relative_to(root))]:
         places = sorted(path for folder in here for path in folder.glob(_loose(pattern)))
-        # Another process that downloads may have put it in place by now.
-        if not places or (root / pattern).exists() or any(root.glob(pattern)):
+        if not places or any(root.glob(pattern)):  # by now: another process downloads
             return ""
         place = places[0].with_name("*" + places[0].suffix) if "*" in pattern else places[0]
         found, wanted = place.relative_to(root).parts[0], Path(pattern).parts[0]
@@ -195,14 +194,31 @@ def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
 
 def _loose(pattern: str) -> str:
     """The pattern for upper and lower case, and for .jpg also another ending of images."""
-    if pattern.endswith(".jpg"):
-        return _loose(pattern[:-len(".jpg")]) + ".[jJpPwW]*"
-    return re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
+    loose = re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
+    return loose.replace(".[jJ][pP][gG]", ".[jJpPwW]*")
+
+
+def _how_to_get(data_set: DataSet, root: str) -> str:
+    advice = f"{root} must contain {data_set.expected or ', '.join(data_set.layout)}"
+    for name, md5 in data_set.md5.items():
+        path = os.path.join(root, name)
+        if name.endswith("gz") and os.path.isfile(path) and not check_md5(path, md5):
+            advice = f"the md5 of {path} is {calculate_md5(path)} instead of {md5}"
+    return f"{advice}; --download gets it from {data_set.url}" if data_set.url else advice
 
 
 def _download(data_set: DataSet, root: str, build: Callable) -> Any:
     """The data set, once this process or another one of the machine has downloaded it."""
-    with _one_process_at_a_time(root):
+    with contextlib.ExitStack() as until_done:
+        try:
+            import fcntl  # not on Windows
+
+            os.makedirs(root, exist_ok=True)
+            lock = until_done.enter_context(open(os.path.join(root, ".download.lock"), "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            warnings.warn(f"downloading to {root} without a lock ({error}): let no other process "
+                          "do the same", stacklevel=3)
         try:
             return build(download=True)
         except ValueError:  # of a file that is there
@@ -210,19 +226,3 @@ def _download(data_set: DataSet, root: str, build: Callable) -> Any:
         except Exception as error:  # urllib and tarfile raise all sorts
             raise OSError(f"cannot download {data_set.url}: {error}; launch again, or put "
                           f"{', '.join(data_set.md5)} into {root} by hand before") from error
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(folder: str) -> Iterator[None]:
-    """A lock between the processes of a machine, or a warning where there are no locks."""
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl  # not on Windows
-
-            os.makedirs(folder, exist_ok=True)
-            lock = stack.enter_context(open(os.path.join(folder, ".download.lock"), "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            warnings.warn(f"downloading to {folder} without a lock ({error}): let no other process "
-                          "do the same", stacklevel=4)
-        yield

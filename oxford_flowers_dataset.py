@@ -23,7 +23,7 @@ class Flowers(VisionDataset):
         download: download what is missing (345 MB in all).
 
     Raises FileNotFoundError for a file or listed image that is missing, ValueError for a .mat file
-    that cannot be read or has a number out of range; an item, OSError where it cannot be decoded.
+    that cannot be read or has a number out of range; an item, what Pillow raises for a broken one.
     """
 
     url = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -37,43 +37,42 @@ class Flowers(VisionDataset):
     def __init__(self, root: str, train: bool = True, transform: Optional[Callable] = None,
                  download: bool = False) -> None:
         super().__init__(root, transform=transform)
-        self.train = train
+        self.train, self.loader = train, pil_loader
         if download:
             self._download()
-        self.paths, self.targets = self._find_images()
+        self.samples = self._find_images()
+        self.targets = [label for _, label in self.samples]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        image = read_image(self.paths[index])
-        return self.transform(image) if self.transform else image, self.targets[index]
+        path, label = self.samples[index]
+        image = self.loader(path)
+        return self.transform(image) if self.transform else image, label
 
-    def _find_images(self) -> Tuple[List[str], List[int]]:
-        """Path and label of each image, which must be there; numbers in the files start at 1."""
+    def _find_images(self) -> List[Tuple[str, int]]:
+        """Path and label of each image, which must be there."""
         labels = self._read("imagelabels.mat", "labels", highest=len(self.classes))
         splits = ("trnid", "valid") if self.train else ("tstid",)
-        ids = [i for split in splits for i in self._read("setid.mat", split, highest=len(labels))]
-        paths = [os.path.join(self.root, "jpg", f"image_{i:05d}.jpg") for i in ids]
-        present = set(os.listdir(os.path.join(self.root, "jpg")))  # one look, also over NFS
-        for path in paths:
-            if os.path.basename(path) not in present:
-                os.stat(path)  # raises FileNotFoundError
-        return paths, [labels[i - 1] - 1 for i in ids]
+        indices = [i for name in splits for i in self._read("setid.mat", name, len(labels))]
+        folder = os.path.join(self.root, "jpg")
+        samples = [(os.path.join(folder, f"image_{i + 1:05d}.jpg"), labels[i]) for i in indices]
+        present = {os.path.join(folder, name) for name in os.listdir(folder)}
+        for path in sorted(dict(samples).keys() - present):  # one look, also over NFS
+            os.stat(path)  # raises FileNotFoundError
+        return samples
 
     def _read(self, name: str, variable: str, highest: int) -> List[int]:
+        """The numbers of a variable, from 1 to `highest` in the file, from 0 here."""
         path = os.path.join(self.root, name)
         with open(path, "rb") as file:
             try:
                 numbers = scipy.io.loadmat(file)[variable].ravel().astype(int).tolist()
+                return [range(1, highest + 1).index(number) for number in numbers]
             except Exception as error:  # SciPy raises all sorts on a damaged file
-                text = " ".join(repr(error).split())
-                raise ValueError(f"{path}: cannot read {variable!r}: {text}") from error
-        wrong = [number for number in numbers if not 1 <= number <= highest]
-        if wrong or not numbers:
-            raise ValueError(f"{path}: {variable!r} must be numbers from 1 to {highest}, found "
-                             f"{wrong[0] if wrong else 'none'}")
-        return numbers
+                raise ValueError(f"{path}: cannot read {variable!r}, numbers from 1 to {highest}: "
+                                 f"{error!r}") from error
 
     def _download(self) -> None:
         for name in ("imagelabels.mat", "setid.mat"):
@@ -87,11 +86,3 @@ class Flowers(VisionDataset):
         except FileNotFoundError:
             name = "102flowers.tgz"
             download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
-
-
-def read_image(path: str) -> Any:
-    """The image as RGB PIL image; raises OSError with its path where it cannot be decoded."""
-    try:
-        return pil_loader(path)
-    except Exception as error:  # Pillow's decoders raise all sorts
-        raise OSError(f"{path} is not readable as an image: {error!r}") from error

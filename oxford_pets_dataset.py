@@ -22,7 +22,7 @@ class Pets(VisionDataset):
         download: download what is missing (811 MB in all).
 
     Raises FileNotFoundError for a list or listed image that is missing, ValueError for a malformed
-    line of a list; an item, OSError where it cannot be decoded.
+    line of a list; an item, what Pillow raises where it cannot be decoded.
     """
 
     url = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
@@ -36,54 +36,41 @@ class Pets(VisionDataset):
                  download: bool = False) -> None:
         super().__init__(root, transform=transform)
         self.list = os.path.join(self.root, "annotations", "trainval.txt" if train else "test.txt")
+        self.loader = pil_loader
         if download:
             self._download()
-        self.paths, self.targets = self._find_images()
+        self.samples = self._find_images()
+        self.targets = [label for _, label in self.samples]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        image = read_image(self.paths[index])
-        return self.transform(image) if self.transform else image, self.targets[index]
+        path, label = self.samples[index]
+        image = self.loader(path)
+        return self.transform(image) if self.transform else image, label
 
-    def _find_images(self) -> Tuple[List[str], List[int]]:
+    def _find_images(self) -> List[Tuple[str, int]]:
         """Path and label of each image, which must be there, from lines of name, class and more."""
+        folder, samples = os.path.join(self.root, "images"), []
         with open(self.list, encoding="utf-8-sig", errors="replace") as file:
             lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-        paths, targets = [], []
         for line in lines:
             try:
                 name, label = line.split()[:2]
-                targets.append(self.classes.index(label))
+                samples.append((os.path.join(folder, name + ".jpg"), self.classes.index(label)))
             except ValueError as error:
                 raise ValueError(f"{self.list}: expected a name and a class from 1 to "
                                  f"{len(self.classes)}, found {line[:80]!r}") from error
-            paths.append(os.path.join(self.root, "images", name + ".jpg"))
-        if not paths:
-            raise ValueError(f"{self.list} lists no images")
-        present = set(os.listdir(os.path.join(self.root, "images")))  # one look, also over NFS
-        for path in paths:
-            if os.path.basename(path) not in present:
-                os.stat(path)  # raises FileNotFoundError
-        return paths, targets
+        present = {os.path.join(folder, name) for name in os.listdir(folder)}
+        for path in sorted(dict(samples).keys() - present):  # one look, also over NFS
+            os.stat(path)  # raises FileNotFoundError
+        return samples
 
     def _download(self) -> None:
-        # The list before images: another process that sees half a list misses images, too.
-        if not os.path.exists(self.list):
-            self._download_archive("annotations.tar.gz")
-        try:
-            self._find_images()
-        except FileNotFoundError:
-            self._download_archive("images.tar.gz")
-
-    def _download_archive(self, name: str) -> None:
-        download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
-
-
-def read_image(path: str) -> Any:
-    """The image as RGB PIL image; raises OSError with its path where it cannot be decoded."""
-    try:
-        return pil_loader(path)
-    except Exception as error:  # Pillow's decoders raise all sorts
-        raise OSError(f"{path} is not readable as an image: {error!r}") from error
+        for _ in self.md5:  # at most each archive, the one with the lists first
+            try:
+                self._find_images()
+            except FileNotFoundError as error:
+                name = "annotations.tar.gz" if error.filename == self.list else "images.tar.gz"
+                download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
