@@ -37,7 +37,7 @@ WANTED = "pass a ViT checkpoint of MoCo v3"
 
 
 class CheckpointError(ValueError):
-    """What is wrong with a checkpoint and what to do about it, in one line."""
+    """What is wrong with a checkpoint and what to do about it, in one line, without its path."""
 
 
 def load(path: str) -> Any:
@@ -46,8 +46,7 @@ def load(path: str) -> Any:
     Since torch 2.1 tensors are mapped into memory, and nothing in the file is run. An older torch
     reads in its own way, which runs whatever code the file contains.
 
-    Raises:
-        CheckpointError: the file cannot be read, is damaged or contains more than safe types.
+    Raises CheckpointError if it cannot be read, is damaged or contains more than safe types.
     """
     try:
         with open(path, "rb") as file:
@@ -63,7 +62,7 @@ def load(path: str) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the readers raise almost anything
-        raise CheckpointError(f"{path}: {_reason(error, path)}") from error
+        raise CheckpointError(_reason(error, path)) from error
 
 
 def _check(path: str, start: bytes) -> bool:
@@ -76,11 +75,11 @@ def _check(path: str, start: bytes) -> bool:
             what = "a Git LFS pointer, not the file that it stands for"
         elif start.lstrip().startswith(b"<"):
             what = "a web page (HTML)"
-        raise CheckpointError(f"{path}: this is {what}; download it again")
+        raise CheckpointError(f"this is {what}; download it again")
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged:
-            raise CheckpointError(f"{path}: damaged (checksum of {damaged}); download it again")
+            raise CheckpointError(f"damaged (checksum of {damaged}); download it again")
         # torch would map a compressed checkpoint, too, and give wrong numbers without a word.
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
@@ -213,13 +212,13 @@ def _shapes_of(width: int, depth: int, side: int) -> Dict[str, tuple]:
     return shapes
 
 
-def is_sine_cosine(pos_embed: torch.Tensor) -> bool:
-    """Whether (1, 1 + side * side, width) is the fixed 2-D table of MoCo v3's vits.py.
+def is_sine_cosine(pos_embed: Any) -> bool:
+    """Whether it is a tensor (1, 1 + side * side, width), the fixed 2-D table of MoCo v3's vits.py.
 
     That is zeros for the class token, then sines and cosines of the row and of the column. The
     tolerance of 5e-3 lets bfloat16 pass, and no learned table.
     """
-    if pos_embed.dim() != 3 or pos_embed.shape[1] < 2:
+    if not torch.is_tensor(pos_embed) or pos_embed.dim() != 3 or pos_embed.shape[1] < 2:
         return False
     side, width = math.isqrt(pos_embed.shape[1] - 1), pos_embed.shape[2]
     angles = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(width // 4) * 4 / width)
@@ -242,48 +241,40 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     """
     weights = _tensors_of(checkpoint)
     prefix = _find_prefix(weights)
-    encoder = {name[len(prefix):]: tensor.detach() for name, tensor in weights.items()
-               if name.startswith(prefix) and not name.startswith(prefix + "head.")}
-    misnamed = [layer for layer, right in MISNAMED.items()
-                if f"{layer}.weight" in encoder and f"{right}.weight" not in encoder]
-    model = {}
-    for name, tensor in encoder.items():
-        layer, dot, kind = name.rpartition(".")
-        model[(MISNAMED[layer] if layer in misnamed else layer) + dot + kind] = tensor
+    model = {name[len(prefix):]: tensor.detach() for name, tensor in weights.items()
+             if name.startswith(prefix) and not name.startswith(prefix + "head.")}
+    misnamed = [layer for layer in MISNAMED if f"{layer}.weight" in model]
+    for layer in misnamed:
+        model = {name.replace(f"{layer}.", f"{MISNAMED[layer]}."): tensor
+                 for name, tensor in model.items()}
     vit = recognise(model)
     if not vit or vit.problem:
         problem = vit.problem if vit else "no pos_embed of 3 dimensions or no patch_embed.proj"
         raise CheckpointError(f"not exactly the tensors of a ViT: {problem}; {WANTED}")
-    found = "encoder with MoCo v3's position embedding"
-    if prefix.endswith("base_encoder."):
-        found = "MoCo v3 pre-training checkpoint"
+    found = ("MoCo v3 pre-training checkpoint" if prefix.endswith("base_encoder.")
+             else "encoder with MoCo v3's position embedding")
     return model, found + (f", renamed its misnamed {', '.join(misnamed)}" if misnamed else "")
 
 
 def _tensors_of(checkpoint: Any) -> Dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, without what torch.compile puts into the names."""
-    weights = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, dict) and key in checkpoint:
-            weights = checkpoint[key]
+    whole = checkpoint if isinstance(checkpoint, dict) else {}
+    weights = whole.get("state_dict", whole.get("model", checkpoint))
     if not isinstance(weights, dict):
         raise CheckpointError(f"a {type(weights).__name__} instead of tensors by name; {WANTED}")
-    if weights is checkpoint.get("model"):
-        of_run, table = len(checkpoint) > 1, weights.get("pos_embed")
-        if of_run or torch.is_tensor(table) and is_sine_cosine(table):
-            what = "the checkpoint of a fine-tuning run" if of_run else "converted already"
-            raise CheckpointError(f"{what}, which needs no conversion; pass it to --resume")
+    is_of_run = len(whole) > 1
+    if weights is whole.get("model") and (is_of_run or is_sine_cosine(weights.get("pos_embed"))):
+        what = "the checkpoint of a fine-tuning run" if is_of_run else "converted already"
+        raise CheckpointError(f"{what}, which needs no conversion; pass it to --resume")
     return {str(name).replace("_orig_mod.", ""): tensor for name, tensor in weights.items()
             if torch.is_tensor(tensor)}
 
 
 def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     """What stands in front of the encoder's names, such as "module.base_encoder."."""
-    prefixes = [name[:-len("cls_token")] for name in weights
-                if re.search(r"(^|\.)cls_token$", name) and "momentum_encoder." not in name]
-    encoders = [name for name in prefixes if re.fullmatch(r"(module\.)?base_encoder\.", name)]
-    if len(encoders) == 1:
-        return encoders[0]
+    every = [name[:-len("cls_token")] for name in weights
+             if re.search(r"(^|\.)cls_token$", name) and "momentum_encoder." not in name]
+    prefixes = [prefix for prefix in every if prefix.endswith("base_encoder.")] or every
     if len(prefixes) > 1:
         raise CheckpointError(f"several encoders ({', '.join(prefixes)}); {WANTED}")
     if not prefixes:
@@ -291,7 +282,7 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
         what = "a ResNet, and DeiT trains vision transformers only" if resnet else "no ViT"
         raise CheckpointError(f"{what} (no base_encoder, no cls_token in it); {WANTED}")
     table = weights.get(prefixes[0] + "pos_embed")
-    if table is None or not is_sine_cosine(table):
+    if not prefixes[0].endswith("base_encoder.") and not is_sine_cosine(table):
         raise CheckpointError("no base_encoder, and a learned position embedding, as supervised "
                               f"models have, instead of MoCo v3's fixed one; {WANTED}")
     return prefixes[0]
@@ -300,18 +291,13 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
 def convert_file(source: str, target: str) -> str:
     """Convert the file `source` into the file `target`; return three lines to print.
 
-    Raises:
-        CheckpointError: `source` cannot be converted, or `target` is `source` or a folder.
-        OSError: `target` could not be written.
+    Raises CheckpointError if `source` cannot be read or converted, OSError if `target` cannot be
+    written, or is `source` or a folder.
     """
     checkpoint = load(source)
     if os.path.isdir(target) or os.path.exists(target) and os.path.samefile(source, target):
-        raise CheckpointError(f"{target}: --output is a folder or the same file as --input; name "
-                              "another file")
-    try:
-        model, found = convert(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise OSError("--output is a folder or the same file as --input; name another file")
+    model, found = convert(checkpoint)
     size, vit = save({"model": model}, target), recognise(model)
     fit = f"No model of DeiT's has this stem or size ({vit.input_size} pixels)."
     if vit.model:
@@ -337,7 +323,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except OSError as error:
         message, status = f"{args.output}: not written: {error.strerror or error}", 1
     except CheckpointError as error:
-        message, status = " ".join(str(error).split()), 1
+        message, status = f"{args.input}: {' '.join(str(error).split())}", 1
     except KeyboardInterrupt:
         message, status = "interrupted; nothing was written", 130
     print(f"error: {message}", file=sys.stderr)

@@ -30,7 +30,7 @@ def read(path):
     try:
         checkpoint = load(path)
     except CheckpointError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{path}: {error}") from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(map(torch.is_tensor, model.values())):
         raise UserError(f"{path} is not converted yet: python convert_to_deit.py --input "
@@ -48,7 +48,6 @@ def fit(model, weights, path, model_name, head_may_miss=True):
     head is missing, left over or of another shape, or if the attention heads differ.
     """
     own = model.state_dict()
-    _check_attention_heads(model, weights, path, model_name)
     headless = not any(name in weights for name in HEAD)
     if headless and not head_may_miss:
         raise UserError(f"{path} has no classifier head, so there is nothing to evaluate: "
@@ -57,25 +56,19 @@ def fit(model, weights, path, model_name, head_may_miss=True):
     try:
         model.load_state_dict({**resample_position_embedding(weights, own), **head})
     except RuntimeError as error:
-        vit = recognise(weights)
-        fits = vit.model if vit else None
+        fits = getattr(recognise(weights), "model", None)
         advice = f"; pass --model {fits}" if fits not in (None, model_name) else ""
         reason = str(error).splitlines()[1].strip(" \t.")[:LONGEST_REASON]  # after a heading
         raise UserError(f"{path} does not fit --model {model_name} with "
                         f"{len(own.get(HEAD[0], ()))} classes: {reason}{advice}") from error
-
-
-def _check_attention_heads(model, weights, path, model_name):
-    """The number of heads shows in no shape: wrong, it loads and computes something else.
-
-    MoCo v3's fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
-    """
-    heads = [layer.num_heads for layer in model.modules() if hasattr(layer, "num_heads")]
-    table, small = weights.get("pos_embed"), MOCO_V3_SMALL
-    is_small = table is not None and table.shape[-1] == small["embed_dim"] and is_sine_cosine(table)
-    if is_small and heads and heads[0] != small["num_heads"]:
-        raise UserError(f"{path} is MoCo v3's ViT-Small with {small['num_heads']} heads, --model "
-                        f"{model_name} has {heads[0]}: pass --model moco_v3_vit_small_patch16_224")
+    # The number of heads shows in no shape: wrong, it loads and computes something else. MoCo v3's
+    # fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
+    table, heads = weights.get("pos_embed"), MOCO_V3_SMALL["num_heads"]
+    is_small = is_sine_cosine(table) and table.shape[-1] == MOCO_V3_SMALL["embed_dim"]
+    if is_small and model.blocks[0].attn.num_heads != heads:
+        raise UserError(f"{path} is MoCo v3's ViT-Small with {heads} heads, --model {model_name} "
+                        f"has {model.blocks[0].attn.num_heads}: pass --model "
+                        "moco_v3_vit_small_patch16_224")
 
 
 def resample_position_embedding(weights, own):
