@@ -116,8 +116,9 @@ def test_own_images_train_continue_and_evaluate(flags, tmp_path):
     evaluate = [*flags, "--eval", "--resume", run / "checkpoint.pth"]
     (own / "val").rename(own / "test")
     assert "on 6 images" in train("pets", *evaluate).stdout
-    other = fork("pets", *evaluate, "--model", "deit_tiny_patch16_224")
-    assert f"is of a run with --model {MODEL}" in error_of(other)
+    for changed, its in ((["--model", "deit_tiny_patch16_224"], f"--model {MODEL}"),
+                         (["--input-size", "64"], "--input-size 32")):
+        assert f"is of a run with {its}" in error_of(fork("pets", *evaluate, *changed))
     for split in ("train", "test"):
         (own / split / "ant").rename(own / split / "zebra")
     assert "other classes, ant, bee, cow" in error_of(fork("pets", *evaluate))

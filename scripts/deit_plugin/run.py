@@ -78,7 +78,7 @@ class Run:
 
         All commits load ``--resume`` after that copy, which then averages from random weights.
         """
-        self._check_origin(name)
+        self._check_origin()
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
@@ -203,12 +203,14 @@ class Run:
             f"{count(args.save_freq, 'epoch')}, both after the last",
             f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
 
-    def _check_origin(self, model):
-        """A run's own checkpoint tells what no shape does: classes, and the model with its heads"""
+    def _check_origin(self):
+        """A run's checkpoint tells what it is of; with another it would do worse, quietly."""
         state, path, classes = self.start.state, self.start.path, self.datasets[0].classes
-        its_model = state.get("settings", {}).get("model", model)
-        if its_model != model:
-            raise UserError(f"{path} is of a run with --model {its_model}: pass that")
+        for name in ("model", "input_size"):
+            its, own = state.get("settings", {}).get(name), getattr(self.args, name)
+            if its not in (None, own):
+                raise UserError(f"{path} is of a run with {options.flag(name)} {its}, not {own}: "
+                                "pass that")
         its_classes = state.get("classes", classes)
         if its_classes != classes:
             raise UserError(f"{path} is of a run on other classes, {', '.join(its_classes):.80}: "
