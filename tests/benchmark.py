@@ -88,7 +88,8 @@ def converter(folder):
 
 def run(folder):
     """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
-    generate.flowers(folder / "data", classes=16, test_per_class=12, size=PHOTO)
+    generate.flowers(folder / "data", classes=16, train_per_class=2, test_per_class=12,
+                     size=PHOTO)
     torch.save({"model": generate.encoder_state()}, folder / "converted.pth")
     os.environ.update(conftest.environment(processes=2))
     ours = conftest.command(

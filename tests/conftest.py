@@ -18,6 +18,7 @@ import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.append(str(ROOT / "tests" / "mini_deit"))
 
 import convert_to_deit  # noqa: E402
 
@@ -28,6 +29,12 @@ MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
 ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
 TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
+
+
+def cells(*fast):
+    """Parameters: each recipe in each DeiT. The others than ``fast`` are slow if there are many."""
+    return [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in fast
+                         else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
 
 
 def pytest_addoption(parser):
@@ -44,12 +51,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder with the four data sets, named like their recipes: TRAIN_IMAGES, 21 test images."""
+    """The data sets, named like their --data-set. Of a recipe's: TRAIN_IMAGES, 21 test images."""
     folder = tmp_path_factory.mktemp("data")
+    generate.images(folder / "folder")
+    generate.flowers(folder / "flowers")
+    generate.pets(folder / "pets")
     for name in ("cifar10", "cifar100"):
-        generate.cifar(folder / name, name, train=TRAIN_IMAGES[name], test=21)
-    for write in (generate.flowers, generate.pets):
-        write(folder / write.__name__, classes=7, train_per_class=7, test_per_class=3)
+        generate.cifar(folder / name, name)
     return folder
 
 
@@ -120,20 +128,20 @@ def train(recipe, *flags, **options):
     return done
 
 
-def around_saving(before="", after=""):
-    """For ``fork``'s altered: what to do before and after a checkpoint is written.
-
-    Both are one line of Python each, which may use ``state`` and ``path``.
-    """
+def on_save(before="pass", after="pass"):
+    """For ``fork``'s altered: a line of Python each, which may use ``state`` and ``path``."""
     return f"""
 import os, resource, signal
 import convert_to_deit
 save = convert_to_deit.save
 def save_altered(state, path):
-    {before or "pass"}
+    {before}
     save(state, path)
-    {after or "pass"}
+    {after}
 convert_to_deit.save = save_altered"""
+
+
+KILLED = on_save(after="if path.endswith('/checkpoint.pth'): os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def error_of(done, status=2):
@@ -158,14 +166,15 @@ def rates_of(folder):
     return [row["train_lr"] for row in log_of(folder)]
 
 
-def expected_rates(epochs, warmup, peak, start=1e-6, end=1e-5):
-    """Of each epoch: linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
+def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):
+    """Linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
     def rate(epoch):
         if epoch < warmup:
             return start + epoch * (peak - start) / warmup
         return end + (peak - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
-    return [rate(max(0, epoch - 1)) for epoch in range(epochs)]
+    expected = [rate(max(0, epoch - 1)) for epoch in range(epochs)]
+    assert rates_of(folder) == pytest.approx(expected, rel=1e-9)
 
 
 def saved(path):

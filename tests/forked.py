@@ -13,6 +13,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # threads would not survive a fork
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torchvision",
@@ -59,11 +60,11 @@ def _become(script, arguments, variables, altered, outputs):
     # torchvision refuses files whose md5 is not the official one, as those of generate.py.
     cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
     # multiprocessing has put pytest's in here
-    ours = {str(TESTS), str(TESTS.parent), str(TESTS.parent / "scripts")}
+    ours = {str(folder) for folder in (TESTS, TESTS / "mini_deit", ROOT, ROOT / "scripts")}
     sys.path[:] = [os.path.dirname(script), *variables.get("PYTHONPATH", "").split(os.pathsep),
                    *(path for path in sys.path if path not in ours)]
     if altered:
-        sys.path.append(str(TESTS.parent))
+        sys.path.append(str(ROOT))
         exec(altered, {})
     runpy.run_path(script, run_name="__main__")
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ERAS, around_saving, fork, log_of, rates_of, saved, train
+from conftest import ERAS, KILLED, fork, log_of, rates_of, saved, train
 
 CLASSES, IMAGES = ("blue", "green", "red"), 43  # 5 steps of 8, and 3 images that fill no step
 CLIPPING = {"2021": ["--clip-grad", "0.5"]}  # in one era; it would hide a wrong scale elsewhere
-STOPPED = around_saving(after="if path.endswith('/checkpoint.pth'): os._exit(3)")
 SUM_OF_FOUR = """
 from timm.loss import LabelSmoothingCrossEntropy as Loss
 forward = Loss.forward
@@ -86,7 +85,7 @@ def test_without_a_process_group(tuned):
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])
 def test_continuing_with_another_number_of_processes(first, then, tuned, tmp_path):
-    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, altered=STOPPED)
+    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, altered=KILLED)
     assert len(log_of(tmp_path)) == 1
     tuned(ERAS[-1], *then, folder=tmp_path)
     assert_same(tmp_path, tuned(ERAS[-1], 4, 1))

@@ -1,6 +1,6 @@
 """The data sets: what they yield, what they refuse and advise, and how they are downloaded."""
 
-import errno
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -22,7 +22,6 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import datasets
-import generate
 import published
 from oxford_flowers_dataset import Flowers
 from oxford_pets_dataset import Pets
@@ -32,22 +31,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*official data set"),
               pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A small folder of each data set, named like its --data-set."""
-    folder = tmp_path_factory.mktemp("made")
-    generate.flowers(folder / "flowers")
-    generate.pets(folder / "pets")
-    generate.cifar(folder / "cifar10", "cifar10", 50, 20)
-    generate.cifar(folder / "cifar100", "cifar100", 200, 100)
-    generate.images(folder / "folder", train=1, val=1)
-    return folder
-
-
 @pytest.fixture
-def copy(made, tmp_path):
-    """Copies one of the made folders, to be changed."""
-    return lambda name: Path(shutil.copytree(str(made / name), str(tmp_path / "a" / "b" / name)))
+def copy(data, tmp_path):
+    """Copies the folder of a data set, to be changed."""
+    return lambda name: Path(shutil.copytree(str(data / name), str(tmp_path / "a" / "b" / name)))
 
 
 @pytest.fixture
@@ -80,8 +67,8 @@ def files_in(folder):
 
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers", "pets"])
-def test_images_labels_and_transforms_are_the_published_ones(made, any_cifar, name, is_train):
-    args = Namespace(data_set=name, data_path=str(made / name), input_size=57, reprob=0.0)
+def test_images_labels_and_transforms_are_the_published_ones(data, any_cifar, name, is_train):
+    args = Namespace(data_set=name, data_path=str(data / name), input_size=57, reprob=0.0)
     found = []
     for build_dataset in (published.build_dataset, datasets.build_dataset):
         dataset, classes = build_dataset(is_train, args)
@@ -103,10 +90,10 @@ def test_random_erasing_after_normalisation():
 
 
 @pytest.mark.parametrize("name, train, text", [
-    ("flowers", True, "204 train images.* 2040"), ("pets", False, "37 test images.* 3669")])
-def test_cut_down_sets_warn_once(made, name, train, text):
+    ("flowers", True, "49 train images.* 2040"), ("pets", False, "21 test images.* 3669")])
+def test_cut_down_sets_warn_once(data, name, train, text):
     with pytest.warns(UserWarning, match=text) as warned:
-        build(name, made / name, train)
+        build(name, data / name, train)
     assert len(warned) == 1
 
 
@@ -115,7 +102,7 @@ def test_cut_down_sets_warn_once(made, name, train, text):
     ("pets", "annotations/trainval.txt", "cat_1 38 1 1\n", ["'cat_1 38 1 1'", "37"]),
     ("flowers", "imagelabels.mat", "<!DOCTYPE html>", ["cannot read"]),
     ("flowers", "imagelabels.mat", {"labels": [[1, 103]]}, ["103", "102"]),
-    ("flowers", "setid.mat", {"trnid": [[1]], "valid": [[307]]}, ["307", "306"]),
+    ("flowers", "setid.mat", {"trnid": [[1]], "valid": [[71]]}, ["71", "70"]),
 ])
 def test_broken_lists_are_named(copy, name, file, content, words):
     path = copy(name) / file
@@ -127,8 +114,8 @@ def test_broken_lists_are_named(copy, name, file, content, words):
     assert all(word in text for word in [str(path), *words])
 
 
-def test_unofficial_cifar_is_not_unpickled(made):
-    text = refusal("cifar10", made / "cifar10", ValueError)
+def test_unofficial_cifar_is_not_unpickled(data):
+    text = refusal("cifar10", data / "cifar10", ValueError)
     assert "cifar-10-batches-py" in text and "md5" in text and "delete" in text
 
 
@@ -157,9 +144,9 @@ def test_data_one_level_off(copy, tmp_path, any_cifar, name):
     assert files_in(tmp_path) == before
 
 
-def test_kaggles_pets(made, tmp_path):
+def test_kaggles_pets(data, tmp_path):
     for name in ("images", "annotations"):
-        shutil.copytree(str(made / "pets" / name), str(tmp_path / name / name))
+        shutil.copytree(str(data / "pets" / name), str(tmp_path / name / name))
     before = files_in(tmp_path)
     text = refusal("pets", tmp_path, download=True)
     for name, path in (("images", "*.jpg"), ("annotations", "trainval.txt")):
@@ -189,15 +176,15 @@ def test_nothing_there(tmp_path, name):
 
 
 @pytest.fixture
-def served(made, tmp_path, any_cifar, monkeypatch):
+def served(data, tmp_path, any_cifar, monkeypatch):
     """A server of this machine with the files of the data sets; returns the list of downloads."""
     folder, downloads = tmp_path / "served", []
-    shutil.copytree(str(made / "flowers"), str(folder))
+    shutil.copytree(str(data / "flowers"), str(folder))
     for archive, source in (("102flowers.tgz", "flowers/jpg"), ("images.tar.gz", "pets/images"),
                             ("annotations.tar.gz", "pets/annotations"),
                             ("cifar-10-python.tar.gz", "cifar10/cifar-10-batches-py")):
         with tarfile.open(str(folder / archive), "w:gz") as tar:
-            tar.add(str(made / source), Path(source).name)
+            tar.add(str(data / source), Path(source).name)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -272,14 +259,13 @@ def test_failed_download(tmp_path, any_cifar, monkeypatch, name):
     assert all(word in text for word in ["cannot download", str(tmp_path), "again", *files])
 
 
-@pytest.mark.parametrize("trouble", ["no locks", "Windows", "lock of someone else"])
-def test_without_a_lock(served, tmp_path, monkeypatch, trouble):
-    if trouble == "Windows":
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    elif trouble == "lock of someone else":
+@pytest.mark.parametrize("module, is_ours", [
+    (None, True), (mock.Mock(flock=mock.Mock(side_effect=OSError("no locks"))), True),
+    (fcntl, False)], ids=["Windows", "no locks", "lock of someone else"])
+def test_without_a_lock(served, tmp_path, monkeypatch, module, is_ours):
+    monkeypatch.setitem(sys.modules, "fcntl", module)
+    if not is_ours:
         (tmp_path / ".download.lock").mkdir()  # cannot be opened either
-    else:
-        monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
     with pytest.warns(UserWarning) as warned:
         build("pets", tmp_path / "", download=True)
     assert len([one for one in warned if "without a lock" in str(one.message)]) == 1
