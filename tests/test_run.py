@@ -102,7 +102,7 @@ def test_own_images_train_and_evaluate(data, flags, tmp_path):
     flags = [*flags, "--data-set", "folder", "--data-path", own]
     for options in (["--check"], []):
         done = train("pets", *flags, *options)
-        assert "on folder: 18 train and 6 test images, 3 classes" in done.stdout
+        assert "on folder: 43 train and 6 test images, 3 classes" in done.stdout
     assert json.loads((run / "run.json").read_text())["classes"] == ["ant", "bee", "cow"]
     assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
     evaluate = [*flags, "--eval", "--resume", run / "checkpoint.pth"]
