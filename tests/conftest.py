@@ -38,15 +38,12 @@ def cells(*fast):
 
 
 def pytest_addoption(parser):
-    """--all: the slow tests, too."""
     parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked slow, unless all is asked for."""
-    for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--all"):
-            item.add_marker(pytest.mark.skip(reason="slow: tests/run.sh --all"))
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.getoption("--all"):
+        pytest.skip("slow: tests/run.sh --all")
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +74,6 @@ def checkpoint(tmp_path_factory):
 def flags(data, checkpoint, tmp_path):
     """What a Pets run needs: weights, data, and a folder, which is tmp_path / "run"."""
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
-
-
-# Launches
 
 
 def environment(processes=1, era=None, **variables):
@@ -128,20 +122,20 @@ def train(recipe, *flags, **options):
     return done
 
 
-def on_save(before="pass", after="pass"):
-    """For ``fork``'s altered: a line of Python each, which may use ``state`` and ``path``."""
+def after_saving(line):
+    """For ``fork``'s altered: a line of Python to run once checkpoint.pth has been written."""
     return f"""
 import os, resource, signal
 import convert_to_deit
 save = convert_to_deit.save
-def save_altered(state, path):
-    {before}
+def save_and_more(state, path):
     save(state, path)
-    {after}
-convert_to_deit.save = save_altered"""
+    if path.endswith("/checkpoint.pth"):
+        {line}
+convert_to_deit.save = save_and_more"""
 
 
-KILLED = on_save(after="if path.endswith('/checkpoint.pth'): os.kill(os.getpid(), signal.SIGKILL)")
+KILLED = after_saving("os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def error_of(done, status=2):
@@ -152,9 +146,6 @@ def error_of(done, status=2):
     return lines[0]
 
 
-# What a run leaves
-
-
 def log_of(folder):
     """The lines of a run's log.txt, each a dict; invalid JSON fails."""
     lines = Path(folder, "log.txt").read_text().splitlines()
@@ -162,7 +153,6 @@ def log_of(folder):
 
 
 def rates_of(folder):
-    """The learning rate of each epoch in log.txt."""
     return [row["train_lr"] for row in log_of(folder)]
 
 
@@ -178,5 +168,4 @@ def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):
 
 
 def saved(path):
-    """The content of a checkpoint."""
     return convert_to_deit.load(str(path))

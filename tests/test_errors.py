@@ -7,7 +7,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import arguments as mini_deit
-import forked
 import generate
 from conftest import ROOT, environment, error_of, fork, launch, log_of, train
 from deit_plugin import errors, options, weights
@@ -60,9 +59,7 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     (["--output_dir", __file__], __file__), (["--output-dir", "x"], "did you mean --output_dir"),
 ])
 def test_a_mistake_ends_in_one_line(wrong, says, flags):
-    if "cuda" in wrong and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert says in error_of(fork("pets", *flags, *wrong))
+    assert says in error_of(fork("pets", *flags, *wrong, CUDA_VISIBLE_DEVICES=""))
 
 
 @pytest.mark.parametrize("variables, says", [
@@ -123,9 +120,7 @@ def test_links_tilde_and_a_cluster_s_variables(data, checkpoint, tmp_path):
 ])
 def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, differs, tmp_path):
     odd = tmp_path / "a b'c"
-    printed = subprocess.run(
-        [ROOT / "scripts" / f"{recipe}.sh", "--dry-run", "--output_dir", odd], text=True,
-        stdout=subprocess.PIPE, check=True, env=environment(8, PYTHON="echo")).stdout
+    printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
     shared = ("--model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4 "
               "--warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10")
     for part in (shared, f"--data-set {recipe} {differs}", "--nproc_per_node 8"):
@@ -138,8 +133,7 @@ def test_help_explains_without_a_deit():
     done = launch("pets", "--help", DEIT_DIR=None, PYTHON=None)
     for word in ("DEIT_DIR", "NPROC_PER_NODE", "--dry-run", "--resume", "--accum-iter"):
         assert word in done.stdout
-    _, script, *rest = launch("pets", "--all-flags", PYTHON="echo").stdout.split()
-    listed = forked.run(script, rest, environment(), 0).stdout
+    listed = launch("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
 
 
