@@ -67,7 +67,6 @@ def _become(script, arguments, variables, altered, outputs):
 
 
 def free_port():
-    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -80,8 +80,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags):
     assert "not finite" in line and "--lr" in line
 
 
-KILLS = int(os.environ.get("KILLS", 20))
-EPOCHS = 30
+KILLS, EPOCHS = 20, 30
 
 
 @pytest.mark.slow

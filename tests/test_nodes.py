@@ -70,10 +70,7 @@ STAND_INS = {
 
 @pytest.fixture
 def slurm(tmp_path):
-    """slurm(*arguments, **variables) starts slurm.sh as job 123456 of two nodes with 4 GPUs each.
-
-    Returns the Popen; "requeued" in tmp_path has the ids of the jobs that were re-queued.
-    """
+    """slurm(*arguments, **variables) starts slurm.sh as job 123456 on 2 nodes with 4 GPUs each."""
     for name, lines in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
