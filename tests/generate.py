@@ -83,10 +83,7 @@ def images(folder):
 
 
 def cifar(folder, name):
-    """CIFAR as torchvision reads it, 50 train and 21 test images.
-
-    Their md5 is not the official one: torchvision reads them only with its check taken out.
-    """
+    """CIFAR, 50 train and 21 test images, as torchvision reads it without its check of md5."""
     rng = np.random.default_rng(0)
     kind, classes, key = {"cifar10": (CIFAR10, 10, "labels"),
                           "cifar100": (CIFAR100, 100, "fine_labels")}[name]
@@ -107,10 +104,7 @@ def cifar(folder, name):
 
 
 def sin_cos_table(width, side):
-    """MoCo v3's fixed position embedding, (1, 1 + side * side, width); zeros for the class token.
-
-    A quarter of the width each: sine and cosine of the row, sine and cosine of the column.
-    """
+    """MoCo v3's fixed position embedding, (1, 1 + side * side, width); 0 for the class token."""
     frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies
     row = angles.repeat_interleave(side, dim=0)
@@ -147,8 +141,7 @@ def moco_checkpoint(path, width=192, depth=12, mlp_dim=64, dim=32, prefix="modul
             state[f"{prefix}{mlp}.{3 * layer}.weight"] = torch.ones(shape)
     trained = [tensor for name, tensor in state.items()
                if "momentum_encoder" not in name and not name.endswith("pos_embed")]
-    moments = {number: {"step": 1000, "exp_avg": torch.zeros_like(tensor),
-                        "exp_avg_sq": torch.zeros_like(tensor)}
+    moments = {number: {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
                for number, tensor in enumerate(trained)}
     checkpoint = {"epoch": 300, "arch": "vit_base", "state_dict": state,
                   "optimizer": {"state": moments, "param_groups": [{"params": list(moments)}]}}

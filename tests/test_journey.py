@@ -25,10 +25,9 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
     flags = ["--resume", checkpoint, "--data-path", data / recipe, "--output_dir", tmp_path,
              "--epochs", EPOCHS, "--warmup-epochs", WARMUP, "--eval-freq", "2",
              "--num_workers", "1"]
-    options = {"era": era, "processes": 2}
+    options = {"era": era, "processes": 2, "PYTHONPATH": str(Path(__file__).with_name("any_cifar"))}
     if recipe == "pets" or request.config.getoption("--all"):  # by the launcher
-        any_cifar = Path(__file__).with_name("any_cifar")
-        with running(recipe, *flags, **options, PYTHONPATH=str(any_cifar)) as run:
+        with running(recipe, *flags, **options) as run:
             wait_for((tmp_path / "checkpoint.pth").exists, seconds=300)
             kill_all(run, tmp_path)
             killed = end_of(run)
