@@ -21,7 +21,6 @@ import conftest
 import generate
 
 TESTS = conftest.ROOT / "tests"
-PHOTO = (750, 500)  # pixels; near the usual size of a Flowers image
 AS_PUBLISHED = """
 import sys, torch
 state = torch.load(sys.argv[1], map_location="cpu", weights_only=False)["state_dict"]
@@ -34,7 +33,6 @@ FLOOR = "import shutil, sys, torch; shutil.copyfile(sys.argv[1], sys.argv[2])"
 
 
 def main():
-    """Print a line for each figure as it comes."""
     deit = "the miniature DeiT" if conftest.REAL_DEIT is None else f"DeiT in {conftest.REAL_DEIT}"
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
           f"timm {timm.__version__}, {deit}\n\n"
@@ -88,7 +86,7 @@ def converter(folder):
 
 def run(folder):
     """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
-    generate.flowers(folder / "data", classes=16, test_per_class=12, size=PHOTO)
+    generate.flowers(folder / "data", 16, train_per_class=2, test_per_class=12, size=(750, 500))
     torch.save({"model": generate.encoder_state()}, folder / "converted.pth")
     os.environ.update(conftest.environment(processes=2))
     ours = conftest.command(

@@ -18,6 +18,7 @@ import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.append(str(ROOT / "tests" / "mini_deit"))
 
 import convert_to_deit  # noqa: E402
 
@@ -30,26 +31,30 @@ ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head"
 TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
 
 
+def cells(*fast):
+    """Parameters: each recipe in each DeiT. The others than ``fast`` are slow if there are many."""
+    return [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in fast
+                         else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
+
+
 def pytest_addoption(parser):
-    """--all: the slow tests, too."""
     parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked slow, unless all is asked for."""
-    for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--all"):
-            item.add_marker(pytest.mark.skip(reason="slow: tests/run.sh --all"))
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.getoption("--all"):
+        pytest.skip("slow: tests/run.sh --all")
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder with the four data sets, named like their recipes: TRAIN_IMAGES, 21 test images."""
+    """The data sets, named like their --data-set. Of a recipe's: TRAIN_IMAGES, 21 test images."""
     folder = tmp_path_factory.mktemp("data")
+    generate.images(folder / "folder")
+    generate.flowers(folder / "flowers")
+    generate.pets(folder / "pets")
     for name in ("cifar10", "cifar100"):
-        generate.cifar(folder / name, name, train=TRAIN_IMAGES[name], test=21)
-    for write in (generate.flowers, generate.pets):
-        write(folder / write.__name__, classes=7, train_per_class=7, test_per_class=3)
+        generate.cifar(folder / name, name)
     return folder
 
 
@@ -69,9 +74,6 @@ def checkpoint(tmp_path_factory):
 def flags(data, checkpoint, tmp_path):
     """What a Pets run needs: weights, data, and a folder, which is tmp_path / "run"."""
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
-
-
-# Launches
 
 
 def environment(processes=1, era=None, **variables):
@@ -120,20 +122,20 @@ def train(recipe, *flags, **options):
     return done
 
 
-def around_saving(before="", after=""):
-    """For ``fork``'s altered: what to do before and after a checkpoint is written.
-
-    Both are one line of Python each, which may use ``state`` and ``path``.
-    """
+def after_saving(line):
+    """For ``fork``'s altered: a line of Python to run once checkpoint.pth has been written."""
     return f"""
 import os, resource, signal
 import convert_to_deit
 save = convert_to_deit.save
-def save_altered(state, path):
-    {before or "pass"}
+def save_and_more(state, path):
     save(state, path)
-    {after or "pass"}
-convert_to_deit.save = save_altered"""
+    if path.endswith("/checkpoint.pth"):
+        {line}
+convert_to_deit.save = save_and_more"""
+
+
+KILLED = after_saving("os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def error_of(done, status=2):
@@ -144,9 +146,6 @@ def error_of(done, status=2):
     return lines[0]
 
 
-# What a run leaves
-
-
 def log_of(folder):
     """The lines of a run's log.txt, each a dict; invalid JSON fails."""
     lines = Path(folder, "log.txt").read_text().splitlines()
@@ -154,20 +153,19 @@ def log_of(folder):
 
 
 def rates_of(folder):
-    """The learning rate of each epoch in log.txt."""
     return [row["train_lr"] for row in log_of(folder)]
 
 
-def expected_rates(epochs, warmup, peak, start=1e-6, end=1e-5):
-    """Of each epoch: linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
+def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):
+    """Linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
     def rate(epoch):
         if epoch < warmup:
             return start + epoch * (peak - start) / warmup
         return end + (peak - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
-    return [rate(max(0, epoch - 1)) for epoch in range(epochs)]
+    expected = [rate(max(0, epoch - 1)) for epoch in range(epochs)]
+    assert rates_of(folder) == pytest.approx(expected, rel=1e-9)
 
 
 def saved(path):
-    """The content of a checkpoint."""
     return convert_to_deit.load(str(path))

@@ -28,12 +28,11 @@ def picture(label, rng, size=(80, 64)):
 
 
 def write_picture(path, *arguments):
-    """A ``picture`` as a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(*arguments)).save(str(path), quality=90)
 
 
-def flowers(folder, classes=102, train_per_class=2, test_per_class=1, size=(80, 64)):
+def flowers(folder, classes=7, train_per_class=7, test_per_class=3, size=(80, 64)):
     """Oxford Flowers-102: jpg/, imagelabels.mat and setid.mat, using the first ``classes``."""
     folder, rng = Path(folder), np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(classes), train_per_class + test_per_class))
@@ -51,17 +50,17 @@ def flowers(folder, classes=102, train_per_class=2, test_per_class=1, size=(80, 
     scipy.io.savemat(str(folder / "imagelabels.mat"), labels, do_compression=True)
 
 
-def pets(folder, classes=37, train_per_class=2, test_per_class=1):
+def pets(folder):
     """Oxford-IIIT Pets: images/ and annotations/, with files that are not what they seem."""
     folder, rng = Path(folder), np.random.default_rng(0)
     lines = {"trainval": [], "test": []}
-    for label in range(classes):
-        species = 1 if label % 3 == 0 else 2
-        for number in range(1, train_per_class + test_per_class + 1):
-            name = f"{['Cat', 'dog'][species - 1]}_breed{label + 1}_{number}"
+    for label in range(7):
+        kind, species = ("dog", 2) if label % 3 else ("Cat", 1)
+        for number in range(1, 11):
+            name = f"{kind}_breed{label + 1}_{number}"
             write_picture(folder / "images" / f"{name}.jpg", label, rng)
-            split = "trainval" if number <= train_per_class else "test"
-            lines[split].append(f"{name} {label + 1} {species} {label + 1}\n")
+            line = f"{name} {label + 1} {species} {label + 1}\n"
+            lines["trainval" if number <= 7 else "test"].append(line)
     (folder / "annotations").mkdir(exist_ok=True)
     for split, of_split in lines.items():
         (folder / "annotations" / f"{split}.txt").write_text("".join(of_split))
@@ -71,26 +70,26 @@ def pets(folder, classes=37, train_per_class=2, test_per_class=1):
     (folder / "images" / "stray.mat").write_bytes(b"MATLAB 5.0 MAT-file")  # of no split
 
 
-def images(folder, train=6, val=2):
-    """A folder of own images of three classes, for --data-set folder."""
+def images(folder):
+    """For --data-set folder: 43 train and 6 test images, which augmentation cannot change."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for label, name in enumerate(("ant", "bee", "cow")):
-            for number in range(count):
-                write_picture(Path(folder, split, name, f"{number}.png"), label, rng)
+    for number in range(49):
+        label = number % 3
+        colour = rng.integers(0, 120, 3)
+        colour[2 - label] += 100
+        path = Path(folder, "train" if number < 43 else "val", ("ant", "bee", "cow")[label])
+        path.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), tuple(map(int, colour))).save(path / f"{number}.png")
 
 
-def cifar(folder, name, train, test):
-    """CIFAR as torchvision reads it, ``train`` and ``test`` images in all.
-
-    Their md5 is not the official one: torchvision reads them only with its check taken out.
-    """
+def cifar(folder, name):
+    """CIFAR, 50 train and 21 test images, as torchvision reads it without its check of md5."""
     rng = np.random.default_rng(0)
     kind, classes, key = {"cifar10": (CIFAR10, 10, "labels"),
                           "cifar100": (CIFAR100, 100, "fine_labels")}[name]
     names = [f"class {number}" for number in range(classes)]
     contents = {kind.meta["filename"]: {kind.meta["key"]: names}}
-    for parts, images in ((kind.train_list, train), (kind.test_list, test)):
+    for parts, images in ((kind.train_list, 50), (kind.test_list, 21)):
         for part, _ in parts:
             labels = rng.permutation(np.arange(images // len(parts)) % classes)
             pixels = np.array([picture(label, rng, (32, 32)) for label in labels], np.uint8)
@@ -105,10 +104,7 @@ def cifar(folder, name, train, test):
 
 
 def sin_cos_table(width, side):
-    """MoCo v3's fixed position embedding, (1, 1 + side * side, width); zeros for the class token.
-
-    A quarter of the width each: sine and cosine of the row, sine and cosine of the column.
-    """
+    """MoCo v3's fixed position embedding, (1, 1 + side * side, width); 0 for the class token."""
     frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies
     row = angles.repeat_interleave(side, dim=0)
@@ -132,31 +128,23 @@ def encoder_state(width=192, depth=12, seed=0):
     return state
 
 
-def mlp_state(*sizes):
-    """The linear layers of one of MoCo v3's heads."""
-    return {f"{3 * layer}.weight": torch.ones(outputs, inputs)
-            for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:]))}
-
-
 def moco_checkpoint(path, width=192, depth=12, mlp_dim=64, dim=32, prefix="module."):
     """What MoCo v3's training script saves after its last epoch. Returns it, too."""
     state = {}
     for seed, encoder in enumerate(("base_encoder", "momentum_encoder")):
-        tensors = encoder_state(width, depth, seed)
-        for name, tensor in mlp_state(width, mlp_dim, mlp_dim, dim).items():
-            tensors[f"head.{name}"] = tensor
-        state.update({f"{prefix}{encoder}.{name}": tensor for name, tensor in tensors.items()})
-    for name, tensor in mlp_state(dim, mlp_dim, dim).items():
-        state[f"{prefix}predictor.{name}"] = tensor
+        for name, tensor in encoder_state(width, depth, seed).items():
+            state[f"{prefix}{encoder}.{name}"] = tensor
+    for mlp, sizes in (("base_encoder.head", (width, mlp_dim, mlp_dim, dim)),
+                       ("momentum_encoder.head", (width, mlp_dim, mlp_dim, dim)),
+                       ("predictor", (dim, mlp_dim, dim))):
+        for layer, shape in enumerate(zip(sizes[1:], sizes)):
+            state[f"{prefix}{mlp}.{3 * layer}.weight"] = torch.ones(shape)
     trained = [tensor for name, tensor in state.items()
                if "momentum_encoder" not in name and not name.endswith("pos_embed")]
-    moments = {number: {"step": 1000, "exp_avg": torch.zeros_like(tensor),
-                        "exp_avg_sq": torch.zeros_like(tensor)}
+    moments = {number: {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
                for number, tensor in enumerate(trained)}
-    group = {"lr": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.1, "params": list(moments)}
     checkpoint = {"epoch": 300, "arch": "vit_base", "state_dict": state,
-                  "optimizer": {"state": moments, "param_groups": [group]},
-                  "scaler": {"scale": 65536.0}}
+                  "optimizer": {"state": moments, "param_groups": [{"params": list(moments)}]}}
     torch.save(checkpoint, str(path))
     return checkpoint
 

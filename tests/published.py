@@ -23,32 +23,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from deit_plugin import cpu, versions  # noqa: E402
 
 
-class Images(torch.utils.data.Dataset):
-    """Images by path, opened when asked for."""
-
-    def __init__(self, samples, transform):
-        self.samples, self.transform = samples, transform
-
-    def __len__(self):
-        return len(self.samples)
+class Images(list):
+    """Paths and labels, of images that are opened when asked for."""
 
     def __getitem__(self, index):
-        path, label = self.samples[index]
+        path, label = super().__getitem__(index)
         return self.transform(Image.open(path).convert("RGB")), int(label) - 1
 
 
-def flowers(root, is_train, transform):
+def flowers(root, is_train):
     labels = scipy.io.loadmat(str(root / "imagelabels.mat"))["labels"][0]
     splits = scipy.io.loadmat(str(root / "setid.mat"))
     return Images([(root / "jpg" / f"image_{number:05d}.jpg", labels[number - 1])
                    for name in (("trnid", "valid") if is_train else ("tstid",))
-                   for number in splits[name][0]], transform)
+                   for number in splits[name][0]])
 
 
-def pets(root, is_train, transform):
+def pets(root, is_train):
     lines = (root / "annotations" / ("trainval.txt" if is_train else "test.txt")).read_text()
     return Images([(root / "images" / f"{name}.jpg", label)
-                   for name, label, *_ in map(str.split, lines.splitlines())], transform)
+                   for name, label, *_ in map(str.split, lines.splitlines())])
 
 
 DATA_SETS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "flowers": (flowers, 102),
@@ -56,21 +50,20 @@ DATA_SETS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "flowers": (flowers,
 
 
 def build_dataset(is_train, args):
-    """The data set and its number of classes."""
     size = args.input_size
     if is_train:
         steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
                  transforms.RandomHorizontalFlip()]
     else:
         steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
-    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
-        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
     make, classes = DATA_SETS[args.data_set]
-    return make(Path(args.data_path), is_train, transform), classes
+    dataset = make(Path(args.data_path), is_train)
+    dataset.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
+        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    return dataset, classes
 
 
 def main():
-    """DeiT's main program, as edited by hand."""
     versions.quieten_age()
     versions.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")

@@ -1,19 +1,15 @@
 """--accum-iter N trains what N times as many processes train.
 
-The pictures are of one colour each, so that augmentation cannot change them, and the optimizer is
-SGD: AdamW would hide a wrong scale of the gradient.
+The pictures are of one colour each, so that augmentation cannot change them: 43, for 5 steps of 8
+and 3 that fill no step. The optimizer is SGD: AdamW would hide a wrong scale of the gradient.
 """
 import functools
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from conftest import ERAS, around_saving, fork, log_of, rates_of, saved, train
+from conftest import ERAS, KILLED, fork, log_of, rates_of, saved, train
 
-CLASSES, IMAGES = ("blue", "green", "red"), 43  # 5 steps of 8, and 3 images that fill no step
 CLIPPING = {"2021": ["--clip-grad", "0.5"]}  # in one era; it would hide a wrong scale elsewhere
-STOPPED = around_saving(after="if path.endswith('/checkpoint.pth'): os._exit(3)")
 SUM_OF_FOUR = """
 from timm.loss import LabelSmoothingCrossEntropy as Loss
 forward = Loss.forward
@@ -21,29 +17,15 @@ Loss.forward = lambda self, *arguments: 4 * forward(self, *arguments)"""
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory):
-    """A folder of pictures of one colour each, in three classes."""
-    folder, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for number in range(IMAGES + 6):
-        label = number % len(CLASSES)
-        colour = rng.integers(0, 120, 3)
-        colour[2 - label] += 100
-        path = folder / ("train" if number < IMAGES else "val") / CLASSES[label] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), tuple(map(int, colour))).save(path)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tuned(colours, checkpoint, tmp_path_factory):
+def tuned(data, checkpoint, tmp_path_factory):
     """tuned(era, processes, accum_iter): the folder of a run that makes steps of 8 images."""
     @functools.lru_cache(maxsize=None)
     def tune(era, processes, accum_iter, folder=None, train=train, **options):
         folder = folder or tmp_path_factory.mktemp("run")
-        train("pets", "--data-set", "folder", "--data-path", colours, "--resume", checkpoint,
-              "--output_dir", folder, "--batch-size", "2", "--accum-iter", accum_iter,
-              "--opt", "sgd", "--lr", "3", "--warmup-epochs", "0", "--mixup", "0",
-              "--model-ema-decay", "0.8",
+        train("pets", "--data-set", "folder", "--data-path", data / "folder",
+              "--resume", checkpoint, "--output_dir", folder, "--batch-size", "2",
+              "--accum-iter", accum_iter, "--opt", "sgd", "--lr", "3", "--warmup-epochs", "0",
+              "--mixup", "0", "--model-ema-decay", "0.8",
               "--weight-decay", "0",  # DeiT of 2020 decays other weights without a process group
               *CLIPPING.get(era, []), processes=processes, era=era, **options)
         return folder
@@ -86,7 +68,7 @@ def test_without_a_process_group(tuned):
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])
 def test_continuing_with_another_number_of_processes(first, then, tuned, tmp_path):
-    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, altered=STOPPED)
+    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, altered=KILLED)
     assert len(log_of(tmp_path)) == 1
     tuned(ERAS[-1], *then, folder=tmp_path)
     assert_same(tmp_path, tuned(ERAS[-1], 4, 1))

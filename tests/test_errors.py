@@ -1,28 +1,15 @@
 """What a user does wrong ends in one line that names it; and what works though it looks odd."""
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-import forked
+import arguments as mini_deit
 import generate
 from conftest import ROOT, environment, error_of, fork, launch, log_of, train
 from deit_plugin import errors, options, weights
-
-sys.path.append(str(ROOT / "tests" / "mini_deit"))
-
-import arguments  # noqa: E402
-
-# The command line
-
-
-def parse(*flags):
-    """The arguments of a run, by the parser of the miniature DeiT."""
-    needed = ["--data-set", "pets", "--data-path", "pets", "--output_dir", "out"]
-    return options.parse(arguments, ["pets"], [*needed, *flags])
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -38,36 +25,29 @@ def parse(*flags):
     ("--data-path=", "--data-path is missing"), ("--output_dir=", "--output_dir is missing"),
 ])
 def test_a_value_that_cannot_work_is_refused_in_one_line(flags, says):
+    arguments = "--data-set pets --data-path pets --output_dir out " + flags
     with pytest.raises(errors.UserError) as refusal:
-        parse(*flags.split())
+        options.parse(mini_deit, ["pets"], arguments.split())
     assert says in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-# Checkpoints
-
-
-def encoder(width=64, depth=2, **more):
-    return {**generate.encoder_state(width, depth), **more}
-
-
-@pytest.mark.parametrize("tensors, heads, says", [
-    (encoder(width=128), 2, "cls_token"), (encoder(depth=1), 2, "blocks.1."),
-    (encoder(width=192, depth=12), 2, "--model deit_tiny_patch16_224"),
-    (encoder(extra=torch.ones(1)), 2, "extra"),
-    (encoder(**{"head.bias": torch.ones(37)}), 2, "head.weight"),
-    (encoder(**{"head.weight": torch.ones(9, 64), "head.bias": torch.ones(9)}), 2, "head.weight"),
-    (encoder(width=384), 6, "12 heads"),  # which shows in no shape
+@pytest.mark.parametrize("width, depth, more, says", [
+    (128, 2, {}, "cls_token"), (64, 1, {}, "blocks.1."),
+    (192, 12, {}, "--model deit_tiny_patch16_224"), (64, 2, {"extra": (1,)}, "extra"),
+    (64, 2, {"head.bias": (37,)}, "head.weight"),
+    (64, 2, {"head.weight": (9, 64), "head.bias": (9,)}, "head.weight"),
+    (384, 2, {}, "12 heads"),  # which shows in no shape
 ])
-def test_weights_that_do_not_fit_are_refused(tensors, heads, says):
-    model = VisionTransformer(embed_dim=64 if heads == 2 else 384, depth=2, num_heads=heads,
-                              qkv_bias=True, num_classes=37)
+def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
+    its_width, heads = (384, 6) if width == 384 else (64, 2)
+    model = VisionTransformer(embed_dim=its_width, depth=2, num_heads=heads, qkv_bias=True,
+                              num_classes=37)
+    tensors = generate.encoder_state(width, depth)
+    tensors.update((name, torch.ones(shape)) for name, shape in more.items())
     with pytest.raises(errors.UserError) as refusal:
         weights.fit(model, tensors, "a.pth", "some_model")
     assert says in str(refusal.value) and "a.pth" in str(refusal.value)
     assert "None" not in str(refusal.value)
-
-
-# Launches
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -79,24 +59,18 @@ def test_weights_that_do_not_fit_are_refused(tensors, heads, says):
     (["--output_dir", __file__], __file__), (["--output-dir", "x"], "did you mean --output_dir"),
 ])
 def test_a_mistake_ends_in_one_line(wrong, says, flags):
-    if "cuda" in wrong and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert says in error_of(fork("pets", *flags, *wrong))
+    assert says in error_of(fork("pets", *flags, *wrong, CUDA_VISIBLE_DEVICES=""))
 
 
 @pytest.mark.parametrize("variables, says", [
-    ({"NPROC_PER_NODE": "abc"}, "NPROC_PER_NODE=abc"), ({"NNODES": "0"}, "NNODES=0"),
-    ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: must be 0 to 1"),
-    ({"PYTHON": "/no/python"}, "/no/python"),
+    ({"NPROC_PER_NODE": "abc"}, ["NPROC_PER_NODE=abc"]), ({"NNODES": "0"}, ["NNODES=0"]),
+    ({"NNODES": "2", "NODE_RANK": "2"}, ["NODE_RANK=2: must be 0 to 1"]),
+    ({"PYTHON": "/no/python"}, ["/no/python"]), ({"DEIT_DIR": None}, ["DEIT_DIR", "git clone"]),
+    ({"DEIT_DIR": "/nowhere"}, ["DEIT_DIR=/nowhere", "git clone"]),
 ])
-def test_launch_sh_refuses_what_it_cannot_start(variables, says):
-    assert says in error_of(launch("pets", **variables))
-
-
-def test_a_deit_that_is_not_there_is_named(flags):
-    for folder in (None, "/nowhere"):
-        line = error_of(fork("pets", *flags, DEIT_DIR=folder))
-        assert "DEIT_DIR" in line and "git clone" in line and (folder or "") in line
+def test_a_launch_that_cannot_start_says_why(variables, says):
+    line = error_of(launch("pets", **variables))
+    assert all(words in line for words in says)
 
 
 def test_copied_into_a_checkout_with_another_package_named_datasets(flags, tmp_path):
@@ -114,6 +88,9 @@ def test_copied_into_a_checkout_with_another_package_named_datasets(flags, tmp_p
     for name in ("datasets.py", "oxford_flowers_dataset.py", "oxford_pets_dataset.py"):
         shutil.copy(ROOT / name, checkout)
     assert "on pets" in train("pets", *flags, **options).stdout
+    (checkout / "models.py").write_text("from timm import gone")
+    line = error_of(fork("pets", *flags, **options))
+    assert "gone" in line and "with torch" in line and str(checkout) in line
 
 
 def test_links_tilde_and_a_cluster_s_variables(data, checkpoint, tmp_path):
@@ -139,9 +116,7 @@ def test_links_tilde_and_a_cluster_s_variables(data, checkpoint, tmp_path):
 ])
 def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, differs, tmp_path):
     odd = tmp_path / "a b'c"
-    printed = subprocess.run(
-        [ROOT / "scripts" / f"{recipe}.sh", "--dry-run", "--output_dir", odd], text=True,
-        stdout=subprocess.PIPE, check=True, env=environment(8, PYTHON="echo")).stdout
+    printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
     shared = ("--model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4 "
               "--warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10")
     for part in (shared, f"--data-set {recipe} {differs}", "--nproc_per_node 8"):
@@ -154,19 +129,15 @@ def test_help_explains_without_a_deit():
     done = launch("pets", "--help", DEIT_DIR=None, PYTHON=None)
     for word in ("DEIT_DIR", "NPROC_PER_NODE", "--dry-run", "--resume", "--accum-iter"):
         assert word in done.stdout
-    _, script, *rest = launch("pets", "--all-flags", PYTHON="echo").stdout.split()
-    listed = forked.run(script, rest, environment(), 0).stdout
+    listed = launch("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
-
-
-# --check
 
 
 def test_check_says_ready_and_writes_nothing(flags, tmp_path):
     """With MoCo v3's ViT-Small, which has 12 heads where DeiT's has 6, saved by torch.compile."""
     small = tmp_path / "small.pth"
-    compiled = {f"_orig_mod.{name}": value for name, value in encoder(384, 12).items()}
-    torch.save({"model": compiled}, small)
+    state = generate.encoder_state(384, 12)
+    torch.save({"model": {f"_orig_mod.{name}": state[name] for name in state}}, small)
     done = train("pets", *flags, "--check", "--resume", small, "--model",
                  "moco_v3_vit_small_patch16_224", "--batch-size", "2", "--accum-iter", "2",
                  processes=8)
@@ -178,12 +149,15 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
 
 
-def test_check_counts_every_problem_and_no_consequence_of_one(data, flags, checkpoint, tmp_path):
-    pets = tmp_path / "pets"
-    shutil.copytree(data / "pets", pets)
+def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, tmp_path):
+    """--check counts every problem, and no consequence of one."""
+    pets = shutil.copytree(data / "pets", tmp_path / "pets")
     broken = sorted((pets / "images").glob("*.jpg"))[7:10]
     for image in broken:
         image.write_bytes(image.read_bytes()[:150])
+    for workers in ("0", "1"):
+        line = error_of(fork("pets", *flags, "--data-path", pets, "--num_workers", workers), 1)
+        assert any(str(image) in line for image in broken)
     generate.moco_checkpoint(tmp_path / "moco.pth", width=64, depth=2)
     done = fork("pets", *flags, "--data-path", pets, "--check", "--output_dir", checkpoint,
                 "--resume", tmp_path / "moco.pth")

@@ -1,33 +1,18 @@
 """The four recipes as a user launches them: trained, killed, and continued to the end."""
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import (
-    ERAS,
-    MODEL,
-    ROOT,
-    TRAIN_IMAGES,
-    around_saving,
-    expected_rates,
-    fork,
-    log_of,
-    rates_of,
-    saved,
-    train,
-)
+from conftest import KILLED, MODEL, TRAIN_IMAGES, assert_rates, cells, fork, log_of, saved, train
 from underway import end_of, kill_all, running, wait_for
 
 # Of some 100 ms each in the miniature: time to kill.
 EPOCHS, WARMUP = 12 if "micro" in MODEL else 5, 2
 # Each recipe and each DeiT occur at least once; with --all, or one DeiT named, all occur.
-DEFAULT = (("cifar10", "2020"), ("cifar100", "2021"), ("flowers", "2020"), ("pets", "head"))
-ALL = [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in DEFAULT
-                    else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
-KILLED = around_saving(
-    after="if path.endswith('/checkpoint.pth'): os.kill(os.getpid(), signal.SIGKILL)")
+FAST = (("cifar10", "2020"), ("cifar100", "2021"), ("flowers", "2020"), ("pets", "head"))
 
 
 def noise(stderr):
@@ -35,15 +20,14 @@ def noise(stderr):
     return [line for line in stderr.splitlines() if "official" not in line]
 
 
-@pytest.mark.parametrize("recipe, era", ALL)
+@pytest.mark.parametrize("recipe, era", cells(*FAST))
 def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tmp_path, request):
     flags = ["--resume", checkpoint, "--data-path", data / recipe, "--output_dir", tmp_path,
              "--epochs", EPOCHS, "--warmup-epochs", WARMUP, "--eval-freq", "2",
              "--num_workers", "1"]
-    options = {"era": era, "processes": 2}
+    options = {"era": era, "processes": 2, "PYTHONPATH": str(Path(__file__).with_name("any_cifar"))}
     if recipe == "pets" or request.config.getoption("--all"):  # by the launcher
-        any_cifar = str(ROOT / "tests" / "any_cifar")
-        with running(recipe, *flags, **options, PYTHONPATH=any_cifar) as run:
+        with running(recipe, *flags, **options) as run:
             wait_for((tmp_path / "checkpoint.pth").exists, seconds=300)
             kill_all(run, tmp_path)
             killed = end_of(run)
@@ -72,7 +56,7 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
 
     rows = log_of(tmp_path)
     assert [row["epoch"] for row in rows] == list(range(EPOCHS))
-    assert rates_of(tmp_path) == pytest.approx(expected_rates(EPOCHS, WARMUP, 3e-4 * 16 / 512))
+    assert_rates(tmp_path, EPOCHS, WARMUP, 3e-4 * 16 / 512)
     evaluated = [row for row in rows if "test_acc1" in row]
     assert [row["epoch"] for row in evaluated] == [*range(1, EPOCHS - 1, 2), EPOCHS - 1]
     assert all(0 <= row["test_acc1"] <= row["test_acc5"] <= 100 for row in evaluated)

@@ -7,26 +7,27 @@ import os
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, command, environment, log_of, train
 from forked import free_port
-from underway import end_of, processes_of, running, wait_for, wait_for_epochs
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 
 @contextlib.contextmanager
-def two_nodes(*flags):
-    """Launches of the Pets recipe on two nodes that are under way."""
-    shared = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with running("pets", *flags, NODE_RANK="0", **shared) as first, \
-            running("pets", *flags, NODE_RANK="1", **shared) as second:
+def two_nodes(folder, *flags):
+    """Launches of the Pets recipe under way on two nodes; the second calls the folder "shared"."""
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    (folder / "shared").symlink_to(folder)
+    other = ["--output_dir", folder / "shared" / "run"]
+    with running("pets", *flags, NODE_RANK="0", **nodes) as first, \
+            running("pets", *flags, *other, NODE_RANK="1", **nodes) as second:
         yield first, second
 
 
 def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
-    with two_nodes(*flags) as nodes:
+    with two_nodes(tmp_path, *flags) as nodes:
         done = [end_of(node, timeout=120) for node in nodes]
     assert [node.returncode for node in done] == [0, 0], done
     assert "16 = 2 processes x 8 images" in done[0].stdout
@@ -39,12 +40,9 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_goes_down_ends_the_other(flags, tmp_path):
-    with two_nodes(*flags, "--epochs", "500") as (first, second):
+    with two_nodes(tmp_path, *flags, "--epochs", "500") as (first, second):
         wait_for_epochs(tmp_path / "run")
-        of_second = [process for process in processes_of(tmp_path) if b"NODE_RANK=1"
-                     in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")]
-        for process in [second.pid, *of_second]:
-            os.kill(process, signal.SIGKILL)
+        kill_all(second, tmp_path / "shared")
         done = end_of(first)
         assert done.returncode != 0
         assert "onnection" in done.stderr  # is lost, which is all that this node can know
@@ -62,22 +60,17 @@ STAND_INS = {
             show-job) echo "   PreemptTime=$PREEMPTED"; echo "   Command=$SUBMITTED pets --flag" ;;
             requeue-*) echo "$2" >> requeued ;;
         esac""",
-    # Runs until the job is re-queued, as Slurm then ends it; with FAILS set, fails at once.
+    # Runs until the job is re-queued, as Slurm then ends it; or fails after FAILS seconds.
     "python": """
         touch started
-        for ((tenths = 0; tenths < 200; tenths++)); do
-            [[ -z ${FAILS:-} && ! -e requeued ]] || exit 143
-            sleep 0.1
-        done""",
+        timeout ${FAILS:-20} bash -c "until [[ -e requeued ]]; do sleep 0.1; done"
+        exit 143""",
 }
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """slurm(*arguments, **variables) starts slurm.sh as job 123456 of two nodes with 4 GPUs each.
-
-    Returns the Popen; "requeued" in tmp_path has the ids of the jobs that were re-queued.
-    """
+    """slurm(*arguments, **variables) starts slurm.sh as job 123456 on 2 nodes with 4 GPUs each."""
     for name, lines in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
@@ -118,7 +111,7 @@ def test_slurm_job_requeues_itself_when_its_time_is_nearly_up(slurm, tmp_path):
 
 @pytest.mark.parametrize("preempted", ["2030-01-31T12:00:00", "None"])
 def test_slurm_job_that_ends_early_is_requeued_only_if_preempted(preempted, slurm, tmp_path):
-    assert end_of(slurm("pets", PREEMPTED=preempted, FAILS="yes")).returncode == 143
+    assert end_of(slurm("pets", PREEMPTED=preempted, FAILS="0.1")).returncode == 143
     assert (tmp_path / "requeued").exists() == (preempted != "None")
 
 

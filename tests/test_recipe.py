@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import generate
-from conftest import ERAS, expected_rates, log_of, rates_of, saved, train
+from conftest import ERAS, assert_rates, log_of, saved, train
 
 # Mean over 3 steps each: to 1e-5 the same on Python 3.8 with torch 1.7.1, timm 0.3.2, Pillow 10.4
 # as on Python 3.13 with torch 2.15, timm 1.0.31 and Pillow 13. Other images would have others.
@@ -39,7 +39,7 @@ def test_losses_rates_optimizer_and_what_decays(era, data, tmp_path):
           tmp_path, altered=THREE_EPOCHS, processes=2, era=era)
     losses = [row["train_loss"] for row in log_of(tmp_path)[:3]]
     assert losses == pytest.approx(LOSSES, rel=1e-4)
-    assert rates_of(tmp_path) == pytest.approx(expected_rates(100, 3, 6e-4), rel=1e-9)
+    assert_rates(tmp_path, 100, 3, 6e-4)
     state = saved(tmp_path / "checkpoint.pth")
     groups = {group["weight_decay"]: group for group in state["optimizer"]["param_groups"]}
     for group in groups.values():

@@ -29,14 +29,11 @@ def end_of(run, timeout=60):
 
 
 def wait_for(condition, seconds=120, pause=0.05):
-    """Poll until ``condition()`` is true; its value."""
+    """Poll until ``condition()`` is true."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(pause)
-    raise AssertionError("waited in vain")
 
 
 def wait_for_epochs(folder, epochs=1, seconds=120):
@@ -51,8 +48,7 @@ def processes_of(folder):
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             line = (entry / "cmdline").read_bytes()
-            if (b"finetune.py" in line and str(folder).encode() in line
-                    and b"launcher.py" not in line):
+            if b"finetune.py" in line and b"launcher.py" not in line and bytes(folder) in line:
                 found.append(int(entry.name))
     return found
 

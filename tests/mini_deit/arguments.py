@@ -11,11 +11,11 @@ DEFAULTS = {  # of the type that the option has
     "--recount": 1, "--lr": 5e-4, "--min-lr": 1e-5, "--warmup-lr": 1e-6, "--decay-epochs": 30.0,
     "--decay-rate": 0.1, "--lr-noise-pct": 0.67, "--lr-noise-std": 1.0, "--opt-eps": 1e-8,
     "--momentum": 0.9, "--weight-decay": 0.05, "--drop": 0.0, "--drop-path": 0.1,
-    "--smoothing": 0.1, "--reprob": 0.25, "--mixup": 0.8, "--cutmix": 1.0, "--mixup-prob": 1.0,
-    "--mixup-switch-prob": 0.5, "--model-ema-decay": 0.99996, "--mixup-mode": "batch",
-    "--model": "deit_base_patch16_224", "--opt": "adamw", "--sched": "cosine", "--resume": "",
-    "--remode": "pixel", "--data-set": "IMNET", "--data-path": "/datasets01/imagenet_full_size/",
-    "--output_dir": "", "--device": "cuda", "--dist_url": "env://",
+    "--smoothing": 0.1, "--reprob": 0.25, "--mixup": 0.8, "--cutmix": 1.0,
+    "--model-ema-decay": 0.99996, "--model": "deit_base_patch16_224", "--opt": "adamw",
+    "--sched": "cosine", "--resume": "", "--remode": "pixel", "--data-set": "IMNET",
+    "--data-path": "/datasets01/imagenet_full_size/", "--output_dir": "", "--device": "cuda",
+    "--dist_url": "env://",
 }
 
 

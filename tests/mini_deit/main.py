@@ -31,12 +31,10 @@ if HEAD:
 def make_loaders(args):
     train_set, args.nb_classes = build_dataset(is_train=True, args=args)
     test_set, _ = build_dataset(is_train=False, args=args)
-    assert not args.repeated_aug, "the miniature DeiT wants --no-repeated-aug"
     if HEAD and not args.distributed:
         sampler = RandomSampler(train_set)
     else:
-        sampler = DistributedSampler(train_set, num_replicas=utils.get_world_size(),
-                                     rank=utils.get_rank(), shuffle=True)
+        sampler = DistributedSampler(train_set, args.world_size, args.rank, shuffle=True)
     shared = {"num_workers": args.num_workers, "pin_memory": args.pin_mem}
     return (DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **shared),
             DataLoader(test_set, int(1.5 * args.batch_size), **shared))
@@ -46,18 +44,17 @@ def make_criterion(args):
     """The mixup, if any, and the loss for it."""
     if args.mixup == 0 and args.cutmix == 0:
         return None, LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    return Mixup(
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=args.nb_classes), SoftTargetCrossEntropy()
+    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
+                  num_classes=args.nb_classes)
+    return mixup, SoftTargetCrossEntropy()
 
 
 def main(args):
     utils.init_distributed_mode(args)
     print(args)
     device = torch.device(args.device)
-    torch.manual_seed(args.seed + utils.get_rank())
-    np.random.seed(args.seed + utils.get_rank())
+    torch.manual_seed(args.seed + args.rank)
+    np.random.seed(args.seed + args.rank)
     train_loader, test_loader = make_loaders(args)
     mixup, criterion = make_criterion(args)
     newer = {"img_size": args.input_size} if HEAD else {}
@@ -68,7 +65,7 @@ def main(args):
     ema = ModelEma(model, decay=args.model_ema_decay) if args.model_ema else None
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[args.gpu])
-    args.lr *= args.batch_size * utils.get_world_size() / 512
+    args.lr *= args.batch_size * args.world_size / 512
     optimizer = create_optimizer(args, bare if SINCE_2021 else model)
     scaler = NativeScaler()
     scheduler, _ = create_scheduler(args, optimizer)
@@ -100,14 +97,12 @@ def main(args):
         save("checkpoint.pth")
         tested = evaluate(test_loader, model, device)
         print(f"Accuracy of the network on the test images: {tested['acc1']:.1f}%")
-        if tested["acc1"] > best:
+        if HEAD and tested["acc1"] > best:
             best = tested["acc1"]
-            if HEAD:
-                save("best_checkpoint.pth")
-        print(f"Max accuracy: {best:.2f}%")
+            save("best_checkpoint.pth")
         row = {**{f"train_{name}": value for name, value in trained.items()},
                **{f"test_{name}": value for name, value in tested.items()},
                "epoch": epoch}
-        if utils.get_rank() == 0:
+        if args.rank == 0:
             with open(Path(args.output_dir, "log.txt"), "a") as out:
                 out.write(f"{json.dumps(row)}\n")

@@ -40,39 +40,21 @@ class MetricLogger:
                 print(header, f"[{step}/{len(iterable)}]", self.averages())
 
 
-def get_world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def get_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def save_on_master(*args, **kwargs):
-    if get_rank() == 0:
-        torch.save(*args, **kwargs)
-
-
-def setup_for_distributed(is_master):
-    """Only one process prints, unless another insists with force=True."""
-    loud = builtins.print
-
-    def print_here(*args, force=False, **kwargs):
-        if force or is_master:
-            loud(*args, **kwargs)
-
-    builtins.print = print_here
+def save_on_master(state, path):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(state, path)
 
 
 def init_distributed_mode(args):
     args.distributed = {"RANK", "WORLD_SIZE"} <= set(os.environ)
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not args.distributed:
-        print("Not using distributed mode")
         return
-    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     args.gpu = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(args.gpu)
     dist.init_process_group(backend="nccl", init_method=args.dist_url,
                             world_size=args.world_size, rank=args.rank)
     dist.barrier()
-    setup_for_distributed(args.rank == 0)
+    if args.rank > 0:
+        builtins.print = lambda *values, **options: None
