@@ -292,11 +292,13 @@ def convert_file(source: str, target: str) -> str:
     """Convert the file `source` into the file `target`; return three lines to print.
 
     Raises CheckpointError if `source` cannot be read or converted, OSError if `target` cannot be
-    written, or is `source` or a folder.
+    written, or is `source`, a folder or a device.
     """
     checkpoint = load(source)
-    if os.path.isdir(target) or os.path.exists(target) and os.path.samefile(source, target):
-        raise OSError("--output is a folder or the same file as --input; name another file")
+    taken = os.path.exists(target) and (
+        not os.path.isfile(target) or os.path.samefile(source, target))
+    if taken or not os.path.basename(target):
+        raise OSError("--output is a folder, a device or the same file as --input; name another")
     model, found = convert(checkpoint)
     size, vit = save({"model": model}, target), recognise(model)
     fit = f"No model of DeiT's has this stem or size ({vit.input_size} pixels)."

@@ -95,7 +95,7 @@ def _read_image(loader: Callable, path: str) -> Any:
     try:
         return loader(path)
     except Exception as error:  # Pillow's decoders raise all sorts
-        raise OSError(f"{path} is not readable as an image: {error!r}") from error
+        raise OSError(f"{path} is not readable as an image ({error!r}): replace it") from error
 
 
 class DataSet(NamedTuple):

@@ -225,13 +225,15 @@ def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
 
 @pytest.mark.parametrize("source, target, words", [
     ("~/none.pth", "~/out.pth", "none.pth No such file"),
-    ("~/in.pth", "~", "--output name a file"),
+    ("~/in.pth", "~/new/", "folder"),
+    ("~/in.pth", "~/device", "device"),
     ("~/in.pth", "~/in.pth", "same file"),
     ("~/in.pth", "~/in.pth/out.pth", "not written"),
 ])
 def test_wrong_paths(tmp_path, capfd, monkeypatch, source, target, words):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(MOCO, str(tmp_path / "in.pth"))
+    os.mkfifo(str(tmp_path / "device"))
     status = main(["--input", source, "--output", target])
     line = refusal(capfd, status, tmp_path)
     assert str(tmp_path) in line and all(word in line for word in words.split())

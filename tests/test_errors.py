@@ -13,14 +13,15 @@ from deit_plugin import errors, options, weights
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--epochs 0", "--epochs 0"), ("--eval-freq 0", "--eval-freq 0"),
-    ("--accum-iter 0", "--accum-iter 0"), ("--num_workers -1", "--num_workers -1"),
+    ("--epochs 0", "--epochs 0"), ("--num_workers -1", "--num_workers -1"),
+    ("--drop-path 2", "--drop-path 2.0: must be 0 to 1"), ("--lr nan", "--lr nan"),
+    ("--cutmix-minmax 0.2", "two numbers"),
     ("--input-size 100", "multiple of 16"), ("--start_epoch 5", "--start_epoch 5"),
     ("--remode no_such", "pixel"), ("--device CPU", "cuda"), ("--sched no_such", "cosine"),
     ("--batch-size 7 --cutmix 0", "must be even"), ("--batch-size 7 --mixup 0", "must be even"),
     ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"),
     ("--finetune a.pth", "--resume"), ("--distillation-type hard", "--distillation-type"),
-    ("--output-dir out", "did you mean --output_dir"), ("--batchsize 8", "--batch-size"),
+    ("--output-dir out", "did you mean --output_dir"), ("--dryrun", "--dry-run"),
     ("--epochs many", "many"), ("--data-set imagenet", "imagenet"),
     ("--data-path=", "--data-path is missing"), ("--output_dir=", "--output_dir is missing"),
 ])

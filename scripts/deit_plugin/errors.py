@@ -72,7 +72,7 @@ def _known_cause(error):
         return (f"{last}: was a DataLoader worker killed, out of memory? Pass fewer "
                 "--num_workers; in a container, enlarge /dev/shm")
     if isinstance(error, OSError):  # a data worker's arrives with its whole traceback
-        return ("disk full: " if error.errno == errno.ENOSPC else "") + last
+        return ("disk full: " if error.errno == errno.ENOSPC else "") + last.split("OSError: ")[-1]
     return None
 
 

@@ -20,6 +20,16 @@ NOT_SETTINGS = {
     # DeiT's flags that this bundle's transforms and evaluation have no use for
     "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
 
+LARGEST = 2**31 - 1
+RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
+    (1, LARGEST): ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"),
+    (16, LARGEST): ("input_size",),
+    (0, LARGEST): ("num_workers", "seed", "lr", "min_lr", "warmup_lr", "weight_decay", "mixup",
+                   "cutmix"),
+    (0, 1): ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob",
+             "model_ema_decay"),
+}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is said once for all processes, with the flag that was meant."""
@@ -27,7 +37,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Raise UserError in the place of argparse's exit."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+        flags = [*self._option_string_actions, "--dry-run", "--all-flags"]  # launch.sh's, too
+        near = difflib.get_close_matches(unknown, flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--all-flags lists the flags"
         raise UserError(f"{message}; {hint}")
 
@@ -93,10 +104,12 @@ def processes_of(args):
 
 def _refuse_what_cannot_work(args):
     """Raise UserError for what DeiT, timm or torch would quietly misuse or end in a traceback."""
-    for name, least in (("eval_freq", 1), ("save_freq", 1), ("accum_iter", 1), ("epochs", 1),
-                        ("batch_size", 1), ("input_size", 16), ("num_workers", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must be {least} or more")
+    for (least, most), names in RANGES.items():
+        limits = f"{least} or more" if most == LARGEST else f"{least} to {most}"
+        for name in names:
+            value = getattr(args, name, least)
+            if not least <= value <= most:  # nor is nan
+                raise UserError(f"{flag(name)} {value}: must be {limits}")
     for name, unused in (("start_epoch", 0), ("finetune", ""), ("distillation_type", "none")):
         value = getattr(args, name, unused)
         if value != unused:
@@ -111,6 +124,8 @@ def _refuse_what_cannot_work(args):
              f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
             (mixes and args.batch_size % 2,
              f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
+            (args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2,
+             "--cutmix-minmax: takes two numbers, as 0.2 0.8"),
             (getattr(args, "bce_loss", False) and not mixes,
              "--bce-loss: needs --mixup or --cutmix, which give it its targets")):
         if wrong:
@@ -126,8 +141,9 @@ def check_gpus(args):
         return f"{wanted} of {count(gpus, 'GPU')}"
     if args.check and not gpus:  # as on the machine that one logs in to
         return "this machine has none, so they were not counted"
+    advice = "set NPROC_PER_NODE to that, or " if gpus else ""
     raise UserError(f"NPROC_PER_NODE={wanted}: torch can use {count(gpus, 'GPU')} of this machine; "
-                    "set NPROC_PER_NODE to that, or pass --device cpu to rehearse")
+                    f"{advice}pass --device cpu to rehearse")
 
 
 def flag(name):

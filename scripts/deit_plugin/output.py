@@ -33,8 +33,9 @@ class RunFolder:
         Raises UserError if it cannot be written or another run writes there.
         """
         self.check()
-        try:
+        with _explained(self.path, REFUSED):
             self.path.mkdir(parents=True, exist_ok=True)
+        try:
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
             # This lock dies with the process, and data workers do not inherit it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

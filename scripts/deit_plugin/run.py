@@ -16,6 +16,8 @@ from .options import count
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
              "get_state_dict", "print")
+# What a checkpoint of a run brings along, with its shapes and its optimizer's state.
+BROUGHT = ("model", "input_size", "opt", "opt_betas", "opt_eps", "momentum", "weight_decay")
 DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
 
 
@@ -153,14 +155,14 @@ class Run:
     def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
         if self.processes > 1:
             self._check_same_start(device)
+        if self.start.epoch:
+            self._restore(optimizer, loss_scaler, model_ema)
         if self.rank == 0:
             train, test = self.datasets
             rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
                 "settings": self.args.settings, "differs": self.args.differs,
                 "train_images": len(train), "test_images": len(test), "classes": train.classes})
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
-        if self.start.epoch:
-            self._restore(optimizer, loss_scaler, model_ema)
         self.print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
         self.train_loader = loaders.persistent(data_loader, RanksInTurn(
@@ -204,11 +206,12 @@ class Run:
             f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
 
     def _check_origin(self):
-        """A run's checkpoint tells what it is of; with another it would do worse, quietly."""
+        """Refuse other flags and classes than those that a run's checkpoint brings along."""
         state, path, classes = self.start.state, self.start.path, self.datasets[0].classes
-        for name in ("model", "input_size"):
-            its, own = state.get("settings", {}).get(name), getattr(self.args, name)
-            if its not in (None, own):
+        for name in BROUGHT if self.start.epoch else BROUGHT[:2]:
+            own = getattr(self.args, name)
+            its = state.get("settings", {}).get(name, own)
+            if its != own:
                 raise UserError(f"{path} is of a run with {options.flag(name)} {its}, not {own}: "
                                 "pass that")
         its_classes = state.get("classes", classes)
