@@ -60,7 +60,7 @@ def _model(run):
 
 
 def decode(datasets, num_workers):
-    """Decode every image, in threads; raises UserError listing the broken ones."""
+    """Decode every image, in threads; the broken ones are listed."""
     images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
     broken = []
     with ThreadPool(max(1, num_workers)) as pool, tqdm(

@@ -12,11 +12,7 @@ CLONE = "git clone https://github.com/facebookresearch/deit"
 
 
 def import_main():
-    """DeiT's ``main`` module with our ``datasets``, patched for newer versions of torch and timm.
-
-    Raises UserError if there is no DeiT, if a module of DeiT's or ours cannot be imported, or if
-    another took the name ``datasets``.
-    """
+    """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm."""
     folder = find()
     versions.check_numpy()
     versions.quieten_age()
@@ -35,10 +31,7 @@ def import_main():
 
 
 def find():
-    """The folder of the DeiT checkout: ``DEIT_DIR``, or else the one this bundle was copied into.
-
-    Raises UserError if there is none.
-    """
+    """The folder of DeiT: ``DEIT_DIR``, or else the one this bundle was copied into."""
     named = os.environ.get("DEIT_DIR")
     folder = Path(named).expanduser().resolve() if named else BUNDLE
     if all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):

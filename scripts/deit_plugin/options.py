@@ -25,7 +25,6 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is said once for all processes, with the flag that was meant."""
 
     def error(self, message):
-        """Raise UserError in the place of argparse's exit."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
         hint = f"did you mean {near[0]}?" if near else "--all-flags lists the flags"
@@ -37,7 +36,7 @@ def parse(main, data_sets, arguments):
 
     main: DeiT's module; data_sets: what ``--data-set`` takes. Besides DeiT's arguments it has ours;
     ``pretrained``, the path given by --resume, which DeiT itself does not get to see; ``settings``
-    and ``differs`` (see below). Raises UserError on values that cannot work.
+    and ``differs`` (see below).
     """
     parser = _parser(main, data_sets)
     args = parser.parse_args([word for word in arguments if word != YOUR_FLAGS])
@@ -92,7 +91,7 @@ def processes_of(args):
 
 
 def _refuse_what_cannot_work(args):
-    """Raise UserError for what DeiT, timm or torch would quietly misuse or end in a traceback."""
+    """What DeiT, timm or torch would quietly misuse or end in a traceback."""
     for name, least in (("eval_freq", 1), ("save_freq", 1), ("accum_iter", 1), ("epochs", 1),
                         ("batch_size", 1), ("input_size", 16), ("num_workers", 0), ("seed", 0)):
         if getattr(args, name) < least:
@@ -118,7 +117,7 @@ def _refuse_what_cannot_work(args):
 
 
 def check_gpus(args):
-    """Raise UserError where this machine has not as many GPUs as processes; say what there is."""
+    """Say which GPUs there are; this machine must have as many as processes."""
     if args.device == "cpu":
         return "on the CPU"
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("NPROC_PER_NODE", 1))
