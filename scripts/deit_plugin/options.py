@@ -16,7 +16,7 @@ PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
     "dist_url", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter", "eval",
-    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check", "settings", "differs",
+    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check",
     # DeiT's flags that this bundle's transforms and evaluation have no use for
     "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
 
