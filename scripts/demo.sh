@@ -4,24 +4,18 @@
 set -euo pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
-deit_commit=7e160fe43f0252d17191b71cbb5826254114ea5b
 demo=${DEMO_DIR:-demo-output}
 classes=20
 
 step() { printf '\n== %s\n' "$1"; }
-
-clone_deit() {
-    rm -rf -- "$1"
-    GIT_TERMINAL_PROMPT=0 git clone --quiet https://github.com/facebookresearch/deit "$1" \
-        && git -C "$1" checkout --quiet "$deit_commit"
-}
 
 step "Python and DeiT"
 PYTHON=$(tests/setup.sh requirements.txt requirements-report.txt)
 mkdir -p "$demo"
 if [[ -z ${DEIT_DIR:-} ]]; then
     DEIT_DIR=$demo/deit
-    [[ -e $DEIT_DIR/main.py ]] || clone_deit "$DEIT_DIR" || {
+    [[ -e $DEIT_DIR/main.py ]] || GIT_TERMINAL_PROMPT=0 git clone --quiet \
+        https://github.com/facebookresearch/deit "$DEIT_DIR" || {
         echo "DeiT cannot be cloned here: the tests' miniature of it takes its place" >&2
         DEIT_DIR=tests/mini_deit
     }

@@ -2,7 +2,7 @@
 # What the recipes share: the common hyper-parameters, and torch's launcher.
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 
 usage() {
     cat <<'END'
@@ -35,15 +35,16 @@ export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1}
 for number in NPROC_PER_NODE NNODES; do
     [[ ${!number} =~ ^[1-9][0-9]*$ ]] || refuse "$number=${!number}: must be a whole number, 1 or more"
 done
-launcher=("$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
+start=("$python" -u "$here/deit_plugin/launcher.py"
+    --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
 if [[ $NNODES == 1 ]]; then # a port of its own: what the environment says is for several machines
-    launcher+=(--master_port $((10000 + RANDOM % 20000)))
+    start+=(--master_port $((10000 + RANDOM % 20000)))
 else
     if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
         refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
     fi
     [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
-    launcher+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+    start+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
         --master_port "${MASTER_PORT:-29500}")
 fi
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
@@ -52,17 +53,16 @@ run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;
-        --all-flags) launcher=(); run=("$here/finetune.py" --help); break ;;
+        --all-flags) start=("$python" -u); run=("$here/finetune.py" --help); break ;;
         --dry-run) dry_run=yes ;;
-        --check) launcher=(); run+=(--check) ;; # one process looks ahead to NPROC_PER_NODE
+        --check) start=("$python" -u); run+=(--check) ;; # one process looks ahead to NPROC_PER_NODE
         *) run+=("$argument") ;;
     esac
 done
-# Bash before 4.4 takes an empty array for one that is not set.
-command=("$python" -u ${launcher[@]+"${launcher[@]}"} "${run[@]}")
 if [[ -n ${dry_run:-} ]]; then
-    printf '%q ' env "NPROC_PER_NODE=$NPROC_PER_NODE" ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} "${command[@]}"
+    printf '%q ' env "NPROC_PER_NODE=$NPROC_PER_NODE" ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} \
+        "${start[@]}" "${run[@]}"
     echo
     exit 0
 fi
-exec "${command[@]}"
+exec "${start[@]}" "${run[@]}"

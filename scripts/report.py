@@ -28,9 +28,10 @@ PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss
 STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left",
-         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12}
-# By Okabe and Ito, for colour-blind readers too; their yellow and black are left out.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12,
+         # Okabe and Ito's colours, for colour-blind readers too, without their yellow and black.
+         "axes.prop_cycle": "cycler(linestyle=['-', ':', '-.']) * cycler(color=['0072b2', 'd55e00',"
+                            "'009e73', 'cc79a7', 'e69f00', '56b4e9'])"}
 
 
 class Run:
@@ -121,12 +122,11 @@ def draw(runs: List[Run], path: Path) -> None:
         figure.suptitle(f"{len(runs)} runs" if len(runs) > 1 else
                         f"data set: {data_set}, epochs: {epochs}")
         for key, panel in panels.items():
-            for index, run in enumerate(runs):
+            for run in runs:
                 epochs, values = run.curve(key)
                 # A name with $...$ would be read as a formula.
                 label = f"best: {run.cells()[3]} %  {run.name[-40:]}".replace("$", r"\$")
-                panel.plot(epochs, values, label=label, marker="." if len(epochs) <= 25 else "",
-                           color=COLOURS[index % 6], linestyle=("-", ":", "-.")[index // 6 % 3])
+                panel.plot(epochs, values, label=label, marker="." if len(epochs) <= 25 else "")
             panel.set(title=PANELS[key], xlabel="epoch")
             panel.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
         for data_set, accuracy in sorted({(run.data_set, run.published) for run in runs

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A recipe as a Slurm job, on one node or many; re-queued when it has to stop, to be continued.
+#     sbatch [--nodes=N] scripts/slurm.sh {cifar10,cifar100,flowers,pets} [any flag]
 # Flags of sbatch stand before this file's name and override those below.
 #SBATCH --job-name=finetune
 #SBATCH --output=%x-%j.log
@@ -12,31 +13,9 @@
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 
-usage="usage: sbatch [--nodes=N] scripts/slurm.sh {cifar10,cifar100,flowers,pets} [any flag]"
-
 refuse() {
-    printf '%s\n' "error: $1" "$usage" >&2
+    printf 'error: %s\n' "$1" >&2
     exit 2
-}
-
-# Slurm runs a copy of this file in its spool folder, but knows the path that was submitted.
-find_scripts() {
-    local submitted
-    submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
-    scripts=${submitted%%/slurm.sh*}
-    [[ -e $scripts/launch.sh ]] || refuse "no launch.sh beside what was submitted, '$submitted'"
-}
-
-run_on_every_node() {
-    local nodes
-    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    export NNODES=$SLURM_NNODES MASTER_ADDR=${nodes%%$'\n'*}
-    export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not collide
-    export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
-    # From Slurm 22.05 on, srun does not take over the job's --cpus-per-task.
-    # shellcheck disable=SC2016 # each node has its own SLURM_NODEID
-    exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
-        bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' bash "$@"
 }
 
 requeue() {
@@ -44,22 +23,28 @@ requeue() {
     scontrol requeue "$SLURM_JOB_ID" || echo "Not re-queued: submit it again to continue" >&2
 }
 
-# Where a partition has a GraceTime, Slurm ends the processes and calls that a failed job.
-was_preempted() {
-    [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]
-}
-
-[[ -n "${SLURM_JOB_ID:-}" ]] || refuse "this is no Slurm job"
+[[ -n "${SLURM_JOB_ID:-}" ]] || refuse "this is no Slurm job: sbatch scripts/slurm.sh pets ..."
 [[ " $* " != *" --overwrite "* ]] \
     || refuse "--overwrite would delete the run at every re-queue: empty --output_dir yourself"
-find_scripts
-[[ -e $scripts/${1:-}.sh ]] || refuse "no recipe '${1:-}'"
+# Slurm runs a copy of this file in its spool folder, but knows the path that was submitted.
+submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+scripts=${submitted%%/slurm.sh*}
+[[ -e $scripts/launch.sh ]] || refuse "no launch.sh beside what was submitted, '$submitted'"
+[[ -e $scripts/${1:-}.sh ]] || refuse "no recipe '${1:-}': pass cifar10, cifar100, flowers or pets"
 
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export NNODES=$SLURM_NNODES MASTER_ADDR=${nodes%%$'\n'*}
+export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not collide
+export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 trap requeue USR1 # before the time limit: see --signal above
-run_on_every_node "$scripts/$1.sh" "${@:2}" &
+# From Slurm 22.05 on, srun does not take over the job's --cpus-per-task.
+# shellcheck disable=SC2016 # each node has its own SLURM_NODEID
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+    bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' bash "$scripts/$1.sh" "${@:2}" &
 status=0
 wait "$!" || wait "$!" || status=$? # the signal ends the first wait, not the run
-if ((status)) && was_preempted; then
+# Where a partition has a GraceTime, Slurm ends the processes and calls that a failed job.
+if ((status)) && [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]; then
     requeue
 fi
 exit "$status"

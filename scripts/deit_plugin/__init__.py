@@ -19,5 +19,5 @@ of one ``Run`` take the place of the DeiT functions they are named after. Then D
     launcher.py     torch's launcher
     errors.py       UserError, and how a process ends
 
-Imports go one way, and errors.py is everybody's.
+Imports go one way, and errors.py is everybody's. Whatever a user can mend raises its UserError.
 """

@@ -9,8 +9,6 @@ from .errors import REFUSED, UserError, one_line
 from .output import RunFolder
 from .run import Run
 
-BROKEN_SHOWN = 20
-
 
 def report(main, args):
     """Check everything; exit with 2 if a launch would fail. What a problem entails is left out.
@@ -60,7 +58,7 @@ def _model(run):
 
 
 def decode(datasets, num_workers):
-    """Decode every image, in threads; raises UserError listing the broken ones."""
+    """Decode every image, in threads; the broken ones are listed."""
     images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
     broken = []
     with ThreadPool(max(1, num_workers)) as pool, tqdm(
@@ -69,11 +67,10 @@ def decode(datasets, num_workers):
             bar.update(1)
             if error:
                 broken.append(error)
-    if not broken:
-        return f"all {len(images)} can be decoded"
-    shown = broken[:BROKEN_SHOWN]
-    heading = f"{len(broken)} of {len(images)} cannot be decoded; the first {len(shown)}:"
-    raise UserError("\n           ".join([heading, *shown]))
+    if broken:
+        heading = f"{len(broken)} of {len(images)} cannot be decoded; 20 at most are named:"
+        raise UserError("\n           ".join([heading, *broken[:20]]))
+    return f"all {len(images)} can be decoded"
 
 
 def _why_broken(image):

@@ -8,15 +8,10 @@ from . import versions
 from .errors import UserError, one_line
 
 BUNDLE = Path(__file__).resolve().parent.parent.parent
-CLONE = "git clone https://github.com/facebookresearch/deit"
 
 
 def import_main():
-    """DeiT's ``main`` module with our ``datasets``, patched for newer versions of torch and timm.
-
-    Raises UserError if there is no DeiT, if a module of DeiT's or ours cannot be imported, or if
-    another took the name ``datasets``.
-    """
+    """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm."""
     folder = find()
     versions.check_numpy()
     versions.quieten_age()
@@ -35,19 +30,14 @@ def import_main():
 
 
 def find():
-    """The folder of the DeiT checkout: ``DEIT_DIR``, or else the one this bundle was copied into.
-
-    Raises UserError if there is none.
-    """
+    """The folder of DeiT: ``DEIT_DIR``, or else the one this bundle was copied into."""
     named = os.environ.get("DEIT_DIR")
     folder = Path(named).expanduser().resolve() if named else BUNDLE
     if all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
         return folder
-    if named:
-        raise UserError(f"DEIT_DIR={named} is not a DeiT checkout, with main.py, engine.py and "
-                        f"utils.py: set it to the folder that {CLONE} made")
-    raise UserError(f"no DeiT found: {BUNDLE} is not a DeiT checkout and DEIT_DIR is not set: "
-                    f"{CLONE} && export DEIT_DIR=$PWD/deit")
+    searched = f"DEIT_DIR={named}" if named else f"DEIT_DIR is not set, and {BUNDLE}"
+    raise UserError(f"{searched} is no DeiT checkout, with main.py, engine.py and utils.py: git "
+                    "clone https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
 
 
 def _import(name, whose):

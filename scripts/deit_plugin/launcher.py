@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
 """torch's own launcher and its flags, without the page of tracebacks that follows a failure."""
-import importlib.util
 import logging
 import os
 import signal
@@ -22,43 +21,36 @@ def main():
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
-        status = launch(sys.argv[1:])
-    os._exit(status)  # torch's own end takes half a second (measured)
+        sys.exit(launch())
 
 
-def launch(arguments):
-    """Start and await the processes; returns the exit status."""
-    if importlib.util.find_spec("torch.distributed.run") is None:  # before torch 1.9
-        from torch.distributed import launch as torch_launch
-
-        sys.argv = [torch_launch.__file__, "--use_env", *arguments]
-        try:
-            torch_launch.main()
-        except subprocess.CalledProcessError as error:
-            return _status(error.returncode, "a process")
-        return 0
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import errors as elastic
-
+def launch():
+    """Start and await the processes; returns the exit status, 128 + signal for one killed."""
     try:
-        run.main(["--monitor_interval", "1", *arguments])
-    except elastic.ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _status(failure.exitcode, f"rank {rank}")
-    except Exception as error:  # SignalException, which not every version has
-        if not hasattr(error, "sigval"):
+        from torch.distributed.run import main as launch_torch
+
+        sys.argv[1:1] = ["--monitor_interval", "1"]
+    except ImportError:  # before torch 1.9
+        from torch.distributed.launch import main as launch_torch
+
+        sys.argv[1:1] = ["--use_env"]
+    try:
+        launch_torch()
+        return 0
+    except subprocess.CalledProcessError as error:  # before torch 1.9
+        who, status = "a process", error.returncode
+    except Exception as error:
+        if hasattr(error, "sigval"):  # SignalException, which torch 1.9 does not have
+            return 128 + error.sigval
+        if not hasattr(error, "get_first_failure"):  # ChildFailedError
             raise
-        return 128 + error.sigval
-    return 0
-
-
-def _status(code, who):
-    """A process that failed has said why; one that was killed could not."""
-    if code >= 0:
-        return code
-    hint = ": out of memory?" if -code == signal.SIGKILL else ""
-    sys.stderr.write(f"error: {who} was ended by {signal.Signals(-code).name}{hint}\n")
-    return 128 - code
+        rank, failure = error.get_first_failure()
+        who, status = f"rank {rank}", failure.exitcode
+    if status >= 0:  # it has said why
+        return status
+    hint = ": out of memory?" if -status == signal.SIGKILL else ""
+    sys.stderr.write(f"error: {who} was ended by {signal.Signals(-status).name}{hint}\n")
+    return 128 - status
 
 
 if __name__ == "__main__":

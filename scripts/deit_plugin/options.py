@@ -16,7 +16,7 @@ PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
     "dist_url", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter", "eval",
-    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check", "settings", "differs",
+    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check",
     # DeiT's flags that this bundle's transforms and evaluation have no use for
     "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
 
@@ -35,7 +35,6 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is said once for all processes, with the flag that was meant."""
 
     def error(self, message):
-        """Raise UserError in the place of argparse's exit."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         flags = [*self._option_string_actions, "--dry-run", "--all-flags"]  # launch.sh's, too
         near = difflib.get_close_matches(unknown, flags, 1)
@@ -48,7 +47,7 @@ def parse(main, data_sets, arguments):
 
     main: DeiT's module; data_sets: what ``--data-set`` takes. Besides DeiT's arguments it has ours;
     ``pretrained``, the path given by --resume, which DeiT itself does not get to see; ``settings``
-    and ``differs`` (see below). Raises UserError on values that cannot work.
+    and ``differs`` (see below).
     """
     parser = _parser(main, data_sets)
     args = parser.parse_args([word for word in arguments if word != YOUR_FLAGS])
@@ -103,7 +102,7 @@ def processes_of(args):
 
 
 def _refuse_what_cannot_work(args):
-    """Raise UserError for what DeiT, timm or torch would quietly misuse or end in a traceback."""
+    """What DeiT, timm or torch would quietly misuse or end in a traceback."""
     for (least, most), names in RANGES.items():
         limits = f"{least} or more" if most == LARGEST else f"{least} to {most}"
         for name in names:
@@ -133,7 +132,7 @@ def _refuse_what_cannot_work(args):
 
 
 def check_gpus(args):
-    """Raise UserError where this machine has not as many GPUs as processes; say what there is."""
+    """Say which GPUs there are; this machine must have as many as processes."""
     if args.device == "cpu":
         return "on the CPU"
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("NPROC_PER_NODE", 1))

@@ -28,10 +28,7 @@ class RunFolder:
         self.path = Path(args.output_dir or os.devnull)  # which contains no run
 
     def claim(self):
-        """Make the folder and lock it until this process ends.
-
-        Raises UserError if it cannot be written or another run writes there.
-        """
+        """Make the folder and lock it until this process ends."""
         self.check()
         with _explained(self.path, REFUSED):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -47,7 +44,7 @@ class RunFolder:
                           "it that no other run writes there", stacklevel=1)
 
     def check(self):
-        """Say what is there, and make nothing. Raises UserError if it cannot be written."""
+        """Say what is there, and that it can be written; make nothing."""
         nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
@@ -61,7 +58,7 @@ class RunFolder:
         return path.parent == self.path.resolve() and path.name in RUN_FILES
 
     def find_start(self, args):
-        """Continue what is here, or else start from ``--resume``. Raises UserError."""
+        """Continue what is here, or else start from ``--resume``."""
         if args.overwrite and self.contains(args.pretrained):
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")

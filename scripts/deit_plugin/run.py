@@ -4,6 +4,7 @@ import shlex
 import time
 from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed
@@ -30,10 +31,9 @@ class Run:
     def __init__(self, main, args, folder, start):
         self.main, self.args, self.folder, self.start = main, args, folder, start
         self.rank, self.processes = options.rank(), options.processes_of(args)
-        self.deit = {name: getattr(main, name) for name in STAND_INS if name != "print"}
+        self.deit = SimpleNamespace(**vars(main))  # its functions, as they were
         self.datasets = []  # train, test
         self.train_loader = self.test_loader = None
-        self.began = None
         self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
         self.best = {"epoch": None, "test_acc1": -1}  # rank 0's: the best row of log.txt
 
@@ -67,12 +67,12 @@ class Run:
     def build_dataset(self, is_train, args):
         """The data set, large enough for a step of the optimizer."""
         try:
-            dataset, classes = self.deit["build_dataset"](is_train=is_train, args=args)
+            dataset, classes = self.deit.build_dataset(is_train=is_train, args=args)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(one_line(error)) from error
         self.datasets.append(dataset)
         if is_train and not args.eval:
-            loaders.steps_per_epoch(len(dataset), args, self.processes)
+            self.steps = loaders.steps_per_epoch(len(dataset), args, self.processes)
         return dataset, classes
 
     def create_model(self, name, **kwargs):
@@ -84,7 +84,7 @@ class Run:
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
-            model = self.deit["create_model"](name, **kwargs)
+            model = self.deit.create_model(name, **kwargs)
         except (RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {size}: "
                             f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
@@ -95,7 +95,7 @@ class Run:
     def create_optimizer(self, args, model):
         """DeiT's; timm raises all sorts for a name that it does not know."""
         try:
-            return self.deit["create_optimizer"](args, model)
+            return self.deit.create_optimizer(args, model)
         except Exception as error:
             raise UserError(f"--opt {args.opt}: timm cannot make it: {one_line(error)}; the "
                             "recipes use adamw") from error
@@ -103,7 +103,7 @@ class Run:
     def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
                         max_norm, model_ema, *mixup_fn, **kwargs):
         """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
-        if self.began is None:
+        if self.train_loader is None:
             self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
         elif self.rank == 0:
             self._commit()
@@ -111,8 +111,8 @@ class Run:
         self.train_loader.batch_sampler.set_epoch(epoch)
         steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
                              self.args.accum_iter)
-        stats = self.deit["train_one_epoch"](model, criterion, steps, steps, device, epoch, steps,
-                                             max_norm, model_ema and steps, *mixup_fn, **kwargs)
+        stats = self.deit.train_one_epoch(model, criterion, steps, steps, device, epoch, steps,
+                                          max_norm, model_ema and steps, *mixup_fn, **kwargs)
         self.trained = {"epoch": epoch, "scaler": loss_scaler.state_dict()}  # not in 1d38fa4's
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
 
@@ -125,7 +125,7 @@ class Run:
 
     def get_state_dict(self, model):
         """DeiT saves the weight average also where ``--no-model-ema`` left it out, and crashes."""
-        return None if model is None else self.deit["get_state_dict"](model)
+        return None if model is None else self.deit.get_state_dict(model)
 
     def evaluate(self, data_loader, model, device):
         """When due, over all processes; says how far the run is."""
@@ -192,14 +192,13 @@ class Run:
         rate = f"{lr:g}"
         if not getattr(args, "unscale_lr", False):
             rate += f" x {size} / 512 = {lr * size / 512:g}"
-        steps = loaders.steps_per_epoch(len(train), args, self.processes)
         return "\n  ".join([
             f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} test "
             f"images, {count(len(train.classes), 'class')}",
             f"start: {start}",
             f"output: {args.output_dir}",
             f"effective batch size: {options.batch_size_in_words(args)}; "
-            f"{count(steps, 'step')} per epoch",
+            f"{count(self.steps, 'step')} per epoch",
             f"learning rate: {rate}",
             f"evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(args.save_freq, 'epoch')}, both after the last",

@@ -24,8 +24,7 @@ def moco_v3_vit_small_patch16_224(pretrained=False, **kwargs):
 def read(path):
     """The checkpoint at ``path``: a dict with at least ``model``, a dict of tensors.
 
-    A prefix of all names, such as torch.compile's ``_orig_mod.``, is taken away. Raises UserError
-    if the file is missing, unreadable, or of another kind.
+    A prefix of all names, such as torch.compile's ``_orig_mod.``, is taken away.
     """
     try:
         checkpoint = load(path)
@@ -44,8 +43,8 @@ def read(path):
 def fit(model, weights, path, model_name, head_may_miss=True):
     """Load ``weights`` (name to tensor) into ``model``.
 
-    Position embeddings of another input size are resampled. Raises UserError if anything but the
-    head is missing, left over or of another shape, or if the attention heads differ.
+    Position embeddings of another input size are resampled. Refused is anything but the head that
+    is missing, left over or of another shape, and another number of attention heads.
     """
     own = model.state_dict()
     headless = not any(name in weights for name in HEAD)
