@@ -20,12 +20,12 @@ NOT_SETTINGS = {
     # DeiT's flags that this bundle's transforms and evaluation have no use for
     "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
 
-LARGEST = 2**31 - 1
+LARGEST, FINITE = 2**31 - 1, 1e38  # of torch's whole numbers and its float32
 RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
     (1, LARGEST): ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"),
     (16, LARGEST): ("input_size",),
-    (0, LARGEST): ("num_workers", "seed", "lr", "min_lr", "warmup_lr", "weight_decay", "mixup",
-                   "cutmix"),
+    (0, LARGEST): ("num_workers", "seed"),
+    (0, FINITE): ("lr", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix"),
     (0, 1): ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob",
              "model_ema_decay"),
 }
@@ -104,7 +104,7 @@ def processes_of(args):
 def _refuse_what_cannot_work(args):
     """What DeiT, timm or torch would quietly misuse or end in a traceback."""
     for (least, most), names in RANGES.items():
-        limits = f"{least} or more" if most == LARGEST else f"{least} to {most}"
+        limits = f"{least} or more" if most > 1 else f"{least} to {most}"
         for name in names:
             value = getattr(args, name, least)
             if not least <= value <= most:  # nor is nan
