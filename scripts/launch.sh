@@ -44,8 +44,9 @@ else
         refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
     fi
     [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
-    start+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
-        --master_port "${MASTER_PORT:-29500}")
+    port=${MASTER_PORT:-29500}
+    [[ $port =~ ^[0-9]+$ ]] || refuse "MASTER_PORT=$port: must be a whole number"
+    start+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port")
 fi
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
     --warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10)
@@ -60,8 +61,8 @@ for argument in "$@"; do
     esac
 done
 if [[ -n ${dry_run:-} ]]; then
-    printf '%q ' env "NPROC_PER_NODE=$NPROC_PER_NODE" ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} \
-        "${start[@]}" "${run[@]}"
+    printf '%q ' env "NPROC_PER_NODE=$NPROC_PER_NODE" "NNODES=$NNODES" \
+        ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} "${start[@]}" "${run[@]}"
     echo
     exit 0
 fi

@@ -66,6 +66,7 @@ def test_a_mistake_ends_in_one_line(wrong, says, flags):
 @pytest.mark.parametrize("variables, says", [
     ({"NPROC_PER_NODE": "abc"}, ["NPROC_PER_NODE=abc"]), ({"NNODES": "0"}, ["NNODES=0"]),
     ({"NNODES": "2", "NODE_RANK": "2"}, ["NODE_RANK=2: must be 0 to 1"]),
+    ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, ["MASTER_PORT=b:"]),
     ({"PYTHON": "/no/python"}, ["/no/python"]), ({"DEIT_DIR": None}, ["DEIT_DIR", "git clone"]),
     ({"DEIT_DIR": "/nowhere"}, ["DEIT_DIR=/nowhere", "git clone"]),
 ])
