@@ -34,6 +34,7 @@ MODELS = {
 MISNAMED = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
             "blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "blocks.14.mlp.fc2"}
 WANTED = "pass a ViT checkpoint of MoCo v3"
+ENCODER = re.compile(r"(module\.)?base_encoder\.")  # in front of the names in MoCo v3's own files
 
 
 class CheckpointError(ValueError):
@@ -243,7 +244,8 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     prefix = _find_prefix(weights)
     model = {name[len(prefix):]: tensor.detach() for name, tensor in weights.items()
              if name.startswith(prefix) and not name.startswith(prefix + "head.")}
-    misnamed = [layer for layer in MISNAMED if f"{layer}.weight" in model]
+    misnamed = [layer for layer, right in MISNAMED.items()
+                if f"{layer}.weight" in model and f"{right}.weight" not in model]
     for layer in misnamed:
         model = {name.replace(f"{layer}.", f"{MISNAMED[layer]}."): tensor
                  for name, tensor in model.items()}
@@ -251,7 +253,7 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     if not vit or vit.problem:
         problem = vit.problem if vit else "no pos_embed of 3 dimensions or no patch_embed.proj"
         raise CheckpointError(f"not exactly the tensors of a ViT: {problem}; {WANTED}")
-    found = ("MoCo v3 pre-training checkpoint" if prefix.endswith("base_encoder.")
+    found = ("MoCo v3 pre-training checkpoint" if ENCODER.fullmatch(prefix)
              else "encoder with MoCo v3's position embedding")
     return model, found + (f", renamed its misnamed {', '.join(misnamed)}" if misnamed else "")
 
@@ -274,7 +276,7 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     """What stands in front of the encoder's names, such as "module.base_encoder."."""
     every = [name[:-len("cls_token")] for name in weights
              if re.search(r"(^|\.)cls_token$", name) and "momentum_encoder." not in name]
-    prefixes = [prefix for prefix in every if prefix.endswith("base_encoder.")] or every
+    prefixes = [prefix for prefix in every if ENCODER.fullmatch(prefix)] or every
     if len(prefixes) > 1:
         raise CheckpointError(f"several encoders ({', '.join(prefixes)}); {WANTED}")
     if not prefixes:
@@ -282,7 +284,7 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
         what = "a ResNet, and DeiT trains vision transformers only" if resnet else "no ViT"
         raise CheckpointError(f"{what} (no base_encoder, no cls_token in it); {WANTED}")
     table = weights.get(prefixes[0] + "pos_embed")
-    if not prefixes[0].endswith("base_encoder.") and not is_sine_cosine(table):
+    if not ENCODER.fullmatch(prefixes[0]) and not is_sine_cosine(table):
         raise CheckpointError("no base_encoder, and a learned position embedding, as supervised "
                               f"models have, instead of MoCo v3's fixed one; {WANTED}")
     return prefixes[0]

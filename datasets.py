@@ -79,8 +79,6 @@ def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
             advice = advice or _how_to_get(data_set, root)
             raise FileNotFoundError(f"{error.filename} is missing; {advice}") from error
         dataset = _download(data_set, root, build)
-    if not len(dataset):
-        raise ValueError(f"{root}: its lists name no {'train' if is_train else 'test'} images")
     if hasattr(dataset, "loader"):  # it reads a file for each image
         dataset.loader = functools.partial(_read_image, dataset.loader)
     official = data_set.images.get(is_train, len(dataset))

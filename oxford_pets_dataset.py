@@ -62,6 +62,8 @@ class Pets(VisionDataset):
             except ValueError as error:
                 raise ValueError(f"{self.list}: expected a name and a class from 1 to "
                                  f"{len(self.classes)}, found {line[:80]!r}") from error
+        if not samples:
+            raise ValueError(f"{self.list} lists no images")
         present = {os.path.join(folder, name) for name in os.listdir(folder)}
         for path in sorted(dict(samples).keys() - present):  # one look, also over NFS
             os.stat(path)  # raises FileNotFoundError

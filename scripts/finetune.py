@@ -26,7 +26,8 @@ def main():
     if start.epoch < args.epochs:
         Run(deit, args, folder, start).train()
     elif options.rank() == 0:
-        print(f"{start.path} has all {args.epochs} epochs: nothing left to train")
+        print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
+              "it to --resume, with more --epochs and another --output_dir")
     return None
 
 

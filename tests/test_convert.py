@@ -154,6 +154,8 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"model": encoder(), "optimizer": {}, "epoch": 3}, "fine-tuning run --resume"),
     ({"model": dict(encoder(), pos_embed=LEARNED)}, "learned supervised"),
     (dict(encoder(), pos_embed=encoder()["pos_embed"].roll(32, -1)), "learned supervised"),
+    (dict(encoder("my.base_encoder."), **{"my.base_encoder.pos_embed": LEARNED}), "supervised"),
+    (dict(encoder(depth=24), **{"blocks.13.norm13.weight": torch.ones(64)}), "blocks.13.norm13"),
     ({"state_dict": {"module.base_encoder.layer1.0.conv1.weight": torch.ones(1)}}, "ResNet"),
     ({"epoch": 3}, "base_encoder cls_token"),
     ([torch.ones(1)], "list"),

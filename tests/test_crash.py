@@ -63,12 +63,15 @@ def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
     assert len(log_of(run)) == 1 and (run / "log.txt.old").exists()
 
 
-def test_a_full_disk_keeps_the_last_whole_checkpoint(flags, tmp_path):
-    """For which a limit on the size of files stands: both fail a write in torch's C++."""
+@pytest.mark.parametrize("fails, says", [
+    # A limit on the size of files stands for the full disk: both fail a write in torch's C++.
+    ("resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))", "too large"),
+    ("os.fsync = lambda _: os.write(os.open('/dev/full', os.O_WRONLY), b'x')", "No space"),
+])
+def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_path):
     run, flags = tmp_path / "run", [*flags, "--epochs", "3"]
-    limit = after_saving("resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))")
-    line = error_of(fork("pets", *flags, altered=limit), status=1)
-    assert "too large" in line and "checkpoint.pth" in line
+    line = error_of(fork("pets", *flags, altered=after_saving(fails)), status=1)
+    assert says in line and "checkpoint.pth" in line
     assert saved(run / "checkpoint.pth")["epoch"] == 0 and len(log_of(run)) == 2
     assert not list(run.glob("*.tmp")) + list(run.glob(".*.tmp"))
     train("pets", *flags)

@@ -20,7 +20,7 @@ NOT_SETTINGS = {
     # DeiT's flags that this bundle's transforms and evaluation have no use for
     "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
 
-LARGEST, FINITE = 2**31 - 1, 1e38  # of torch's whole numbers and its float32
+LARGEST, FINITE = 2**31 - 1, 1e38  # NumPy's seeds end at 2**32 - 1, float32 at 3e38
 RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
     (1, LARGEST): ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"),
     (16, LARGEST): ("input_size",),
@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is said once for all processes, with the flag that was meant."""
 
     def error(self, message):
+        """Raise UserError in the place of argparse's exit."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         flags = [*self._option_string_actions, "--dry-run", "--all-flags"]  # launch.sh's, too
         near = difflib.get_close_matches(unknown, flags, 1)
@@ -107,7 +108,7 @@ def _refuse_what_cannot_work(args):
         limits = f"{least} or more" if most > 1 else f"{least} to {most}"
         for name in names:
             value = getattr(args, name, least)
-            if not least <= value <= most:  # nor is nan
+            if not least <= value <= most:  # true of nan, too
                 raise UserError(f"{flag(name)} {value}: must be {limits}")
     for name, unused in (("start_epoch", 0), ("finetune", ""), ("distillation_type", "none")):
         value = getattr(args, name, unused)

@@ -17,8 +17,9 @@ from .options import count
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
              "get_state_dict", "print")
-# What a checkpoint of a run brings along, with its shapes and its optimizer's state.
-BROUGHT = ("model", "input_size", "opt", "opt_betas", "opt_eps", "momentum", "weight_decay")
+# Settings that a run's checkpoint brings along: in its tensors, and in its optimizer's state.
+OF_WEIGHTS = ("model", "input_size")
+OF_OPTIMIZER = ("opt", "opt_betas", "opt_eps", "momentum", "weight_decay")
 DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
 
 
@@ -205,9 +206,9 @@ class Run:
             f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
 
     def _check_origin(self):
-        """Refuse other flags and classes than those that a run's checkpoint brings along."""
+        """Refuse other settings and classes than those that a run's checkpoint brings along."""
         state, path, classes = self.start.state, self.start.path, self.datasets[0].classes
-        for name in BROUGHT if self.start.epoch else BROUGHT[:2]:
+        for name in OF_WEIGHTS + (OF_OPTIMIZER if self.start.epoch else ()):
             own = getattr(self.args, name)
             its = state.get("settings", {}).get(name, own)
             if its != own:
