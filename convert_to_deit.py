@@ -13,6 +13,7 @@ import shlex
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 try:
@@ -77,12 +78,20 @@ def _check(path: str, start: bytes) -> bool:
         elif start.lstrip().startswith(b"<"):
             what = "a web page (HTML)"
         raise CheckpointError(f"this is {what}; download it again")
+    with ThreadPoolExecutor(2) as pool:  # 1.73 GB take 0.5 s by two threads, 0.9 s by one
+        for damaged in pool.map(_first_damaged, [path] * 2, (0, 1)):
+            if damaged:
+                raise CheckpointError(f"damaged (checksum of {damaged}); download it again")
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"damaged (checksum of {damaged}); download it again")
         # torch would map a compressed checkpoint, too, and give wrong numbers without a word.
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+
+
+def _first_damaged(path: str, turn: int) -> Optional[str]:
+    """ZipFile.testzip of every second member, from the one numbered `turn` on."""
+    with zipfile.ZipFile(path) as archive:
+        archive.filelist = archive.filelist[turn::2]
+        return archive.testzip()
 
 
 def _harmless_extras() -> Any:

@@ -1,15 +1,15 @@
 """Oxford Flowers-102."""
 
 import os
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import scipy.io
-from torchvision.datasets.folder import pil_loader
+from torchvision.datasets.folder import DatasetFolder, pil_loader
 from torchvision.datasets.utils import download_and_extract_archive, download_url
 from torchvision.datasets.vision import VisionDataset
 
 
-class Flowers(VisionDataset):
+class Flowers(DatasetFolder):
     """`Oxford Flowers-102 <https://www.robots.ox.ac.uk/~vgg/data/flowers/102/>`_.
 
     2040 train images, the official train and validation sets together (1020 + 1020), and 6149 test
@@ -36,20 +36,13 @@ class Flowers(VisionDataset):
 
     def __init__(self, root: str, train: bool = True, transform: Optional[Callable] = None,
                  download: bool = False) -> None:
-        super().__init__(root, transform=transform)
+        # DatasetFolder gives len() and items; its own __init__ would search the folder for classes.
+        VisionDataset.__init__(self, root, transform=transform)
         self.train, self.loader = train, pil_loader
         if download:
             self._download()
         self.samples = self._find_images()
         self.targets = [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        path, label = self.samples[index]
-        image = self.loader(path)
-        return self.transform(image) if self.transform else image, label
 
     def _find_images(self) -> List[Tuple[str, int]]:
         """Path and label of each image, which must be there."""

@@ -1,14 +1,14 @@
 """Oxford-IIIT Pets."""
 
 import os
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
-from torchvision.datasets.folder import pil_loader
+from torchvision.datasets.folder import DatasetFolder, pil_loader
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.datasets.vision import VisionDataset
 
 
-class Pets(VisionDataset):
+class Pets(DatasetFolder):
     """`Oxford-IIIT Pets <https://www.robots.ox.ac.uk/~vgg/data/pets/>`_.
 
     37 breeds of cats and dogs: 3680 train images (`trainval.txt`) and 3669 test images
@@ -34,21 +34,14 @@ class Pets(VisionDataset):
 
     def __init__(self, root: str, train: bool = True, transform: Optional[Callable] = None,
                  download: bool = False) -> None:
-        super().__init__(root, transform=transform)
+        # DatasetFolder gives len() and items; its own __init__ would search the folder for classes.
+        VisionDataset.__init__(self, root, transform=transform)
         self.list = os.path.join(self.root, "annotations", "trainval.txt" if train else "test.txt")
         self.loader = pil_loader
         if download:
             self._download()
         self.samples = self._find_images()
         self.targets = [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        path, label = self.samples[index]
-        image = self.loader(path)
-        return self.transform(image) if self.transform else image, label
 
     def _find_images(self) -> List[Tuple[str, int]]:
         """Path and label of each image, which must be there, from lines of name, class and more."""

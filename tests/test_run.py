@@ -92,7 +92,7 @@ def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
     few = fork("pets", *flags, "--resume", tuned / "checkpoint.pth", "--epochs", "1")
     assert "pass more --epochs" in error_of(few)
     other = fork("pets", *flags, "--resume", tuned / "checkpoint.pth", "--weight-decay", "0.3")
-    assert "--weight-decay 0.1, not 0.3" in error_of(other) and not (tmp_path / "log.txt").exists()
+    assert "--weight-decay 0.3 (there: 0.1); pass its own" in error_of(other) and not (tmp_path / "log.txt").exists()
     done = train("pets", *flags, "--resume", tuned / "checkpoint.pth")
     assert "epoch 2 of 2 comes next" in done.stdout
     assert [row["epoch"] for row in log_of(tmp_path)] == [1]
@@ -110,9 +110,9 @@ def test_own_images_train_and_evaluate(data, flags, tmp_path):
     evaluate = [*flags, "--eval", "--resume", run / "checkpoint.pth"]
     (own / "val").rename(own / "test")
     assert "on 6 images" in train("pets", *evaluate).stdout
-    for changed, its in ((["--model", "deit_tiny_patch16_224"], f"--model {MODEL}"),
-                         (["--input-size", "64"], "--input-size 32")):
-        assert f"is of a run with {its}" in error_of(fork("pets", *evaluate, *changed))
+    for changed, its in ((["--model", "deit_tiny_patch16_224"], MODEL),
+                         (["--input-size", "64"], "32")):
+        assert f"{' '.join(changed)} (there: {its})" in error_of(fork("pets", *evaluate, *changed))
     for split in ("train", "test"):
         (own / split / "ant").rename(own / split / "zebra")
     assert "other classes, ant, bee, cow" in error_of(fork("pets", *evaluate))

@@ -16,6 +16,9 @@ import convert_to_deit
 from . import options, weights
 from .errors import REFUSED, UserError
 
+# Settings that a checkpoint brings along: in its tensors, and with its optimizer's state.
+OF_WEIGHTS = ("model", "input_size")
+OF_STATE = (*OF_WEIGHTS, "opt", "opt_betas", "opt_eps", "momentum", "weight_decay")
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 # Where a run begins: a checkpoint and its path, and the first epoch, 0 unless a run goes on.
 Start = namedtuple("Start", "state path epoch")
@@ -72,24 +75,29 @@ class RunFolder:
             state = weights.read(path)
         except UserError as error:
             raise UserError(f"{error}{advice}") from None
+        self._check_settings(args, path, state)
         if args.eval or "optimizer" not in state or "epoch" not in state:
             return Start(state, path, 0)
         epoch = state["epoch"] + 1
-        if self.contains(path):
-            self._check_settings(args, path, state)
-        elif epoch >= args.epochs:
+        if epoch >= args.epochs and not self.contains(path):
             raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
                             "go on from it")
         return Start(state, path, epoch)
 
     def _check_settings(self, args, path, state):
-        before = dict(state.get("settings", {}))  # plain DeiT notes none
-        if not args.pretrained or self.contains(args.pretrained):  # as DeiT itself continues
-            before.pop("pretrained_file", None)
+        """Refuse other settings than a run's checkpoint brings along; in its own folder, any."""
+        before, advice = dict(state.get("settings", {})), "pass its own"  # plain DeiT notes none
+        if args.eval or not self.contains(path):
+            brought = OF_WEIGHTS if args.eval else OF_STATE
+            before = {name: before[name] for name in brought if name in before}
+        else:
+            advice = "pass another --output_dir, or --overwrite to delete that run"
+            if not args.pretrained or self.contains(args.pretrained):  # as DeiT itself continues
+                before.pop("pretrained_file", None)
         differing = options.differing(args.settings, before, "there")
         if differing:
-            raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}; pass "
-                            "another --output_dir, or --overwrite to delete that run")
+            raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}; "
+                            f"{advice}")
 
     def begin(self, epochs, overwrite, facts):
         """Clear what a crash left, keep the first ``epochs`` of ``log.txt`` and return them.

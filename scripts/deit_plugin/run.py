@@ -17,9 +17,6 @@ from .options import count
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
              "get_state_dict", "print")
-# Settings that a run's checkpoint brings along: in its tensors, and in its optimizer's state.
-OF_WEIGHTS = ("model", "input_size")
-OF_OPTIMIZER = ("opt", "opt_betas", "opt_eps", "momentum", "weight_decay")
 DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
 
 
@@ -81,7 +78,11 @@ class Run:
 
         All commits load ``--resume`` after that copy, which then averages from random weights.
         """
-        self._check_origin()
+        path, classes = self.start.path, self.datasets[0].classes
+        its_classes = self.start.state.get("classes", classes)
+        if its_classes != classes:
+            raise UserError(f"{path} is of a run on other classes, {', '.join(its_classes):.80}: "
+                            f"--data-path {self.args.data_path} must have the same")
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
@@ -89,7 +90,7 @@ class Run:
         except (RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {size}: "
                             f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
-        weights.fit(model, self.start.state["model"], self.start.path, name,
+        weights.fit(model, self.start.state["model"], path, name,
                     head_may_miss=not (self.args.eval or self.start.epoch))
         return model
 
@@ -204,20 +205,6 @@ class Run:
             f"evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(args.save_freq, 'epoch')}, both after the last",
             f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
-
-    def _check_origin(self):
-        """Refuse other settings and classes than those that a run's checkpoint brings along."""
-        state, path, classes = self.start.state, self.start.path, self.datasets[0].classes
-        for name in OF_WEIGHTS + (OF_OPTIMIZER if self.start.epoch else ()):
-            own = getattr(self.args, name)
-            its = state.get("settings", {}).get(name, own)
-            if its != own:
-                raise UserError(f"{path} is of a run with {options.flag(name)} {its}, not {own}: "
-                                "pass that")
-        its_classes = state.get("classes", classes)
-        if its_classes != classes:
-            raise UserError(f"{path} is of a run on other classes, {', '.join(its_classes):.80}: "
-                            f"--data-path {self.args.data_path} must have the same")
 
     def _check_same_start(self, device):
         """Machines that do not share a folder would continue from different epochs."""
