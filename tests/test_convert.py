@@ -178,7 +178,7 @@ def test_what_is_no_moco_vit_is_refused_with_its_reason(tmp_path, capfd, content
 def test_damage_is_refused(tmp_path, capfd):
     generate.moco_checkpoint(tmp_path / "input.pth", width=64, depth=2)
     whole = (tmp_path / "input.pth").read_bytes()
-    for part in (0.01, 0.2, 0.5, 0.8):
+    for part in (0.01, 0.2, 0.35, 0.5, 0.65, 0.8):
         position = int(part * len(whole))
         flipped = bytes([whole[position] ^ 4])
         for damaged in (whole[:position], whole[:position] + flipped + whole[position + 1:]):
