@@ -120,6 +120,7 @@ def _reason(error: Exception, path: str) -> str:
         detail = f"{type(error).__name__}: {text[:100]}".splitlines()[0]
         return f"damaged, cut short or no PyTorch checkpoint ({detail}); download it again"
     resave = ('import sys, torch; old = torch.load(sys.argv[1], "cpu", weights_only=False); '
+              'old = old.state_dict() if hasattr(old, "state_dict") else old; '
               'torch.save({k: v for k, v in old.items() if torch.is_tensor(v) or '
               'k in ("state_dict", "model", "epoch")}, sys.argv[2])')
     old, new = shlex.quote(path), shlex.quote(f"{path}.weights")
@@ -331,14 +332,16 @@ def main(argv: Optional[List[str]] = None) -> int:
                         help="checkpoint for DeiT's --resume")
     args = parser.parse_args(argv)
     try:
-        print(convert_file(args.input, args.output))
-        return 0
+        summary = convert_file(args.input, args.output)
     except OSError as error:
         message, status = f"{args.output}: not written: {error.strerror or error}", 1
     except CheckpointError as error:
         message, status = f"{args.input}: {' '.join(str(error).split())}", 1
     except KeyboardInterrupt:
         message, status = "interrupted; nothing was written", 130
+    else:
+        print(summary)
+        return 0
     print(f"error: {message}", file=sys.stderr)
     return status
 

@@ -158,15 +158,19 @@ def main() -> None:
     print(table(runs), LEGEND, *notes, *skipped, sep="\n", flush=True)
     drawn = [run for run in runs if run.rows]
     pictures = [(drawn, args.output / "comparison.png")] if len(drawn) > 1 else []
+    unwritten = []
     for shown, path in pictures + [([run], run.folder / "report.png") for run in drawn]:
         try:
             draw(shown, path)
-            print(f"picture: {path}")
         except OSError as error:
-            sys.exit(f"error: cannot write {path}: {error.strerror or error}")
+            unwritten.append(f"{path}: {error.strerror or error}")
         except ImportError as error:
             print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
             break
+        else:
+            print(f"picture: {path}", flush=True)
+    if unwritten:
+        sys.exit(f"error: cannot write {'; '.join(unwritten)}")
 
 
 if __name__ == "__main__":

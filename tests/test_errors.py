@@ -149,6 +149,7 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
                  "--epochs 2 (published: 100)", str(small)):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
+    assert "model: --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
 
 
 def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, tmp_path):

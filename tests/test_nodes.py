@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from conftest import ROOT, command, environment, log_of, train
+from conftest import ROOT, command, environment, error_of, fork, log_of, train
 from forked import free_port
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
@@ -36,6 +36,14 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
     logs = [[{name: value for name, value in row.items() if "seconds" not in name}
              for row in log_of(tmp_path / name)] for name in ("run", "one")]
     assert logs[0] == logs[1]
+
+
+def test_machines_launched_with_different_flags_are_refused(flags, tmp_path):
+    on_rank_1 = "import os, sys\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.01']"
+    line = error_of(fork("pets", *flags, processes=2, altered=on_rank_1,
+                         FINETUNE_FIRST_FAILURE=str(tmp_path / "first")))
+    assert "--lr 0.01 (rank 0: 0.0003)" in line or "--lr 0.0003 (rank 1: 0.01)" in line
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def report(main, args):
         return found
 
     ask("GPUs", options.check_gpus, args)
-    if args.output_dir:
+    if args.output_dir and not args.eval:
         ask("output", folder.check)
     start = ask("start", folder.find_start, args)
     run = Run(main, args, folder, start)
@@ -53,6 +53,7 @@ def _model(run):
     args, classes = run.args, run.datasets[0].classes
     model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
+    run.create_optimizer(args, model)
     parameters = sum(value.numel() for value in model.parameters())
     return f"{args.model}, {parameters:,} parameters, with the weights of {run.start.path}"
 

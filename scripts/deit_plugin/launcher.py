@@ -21,15 +21,18 @@ def main():
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
-        sys.exit(launch())
+        sys.exit(launch(folder))
 
 
-def launch():
-    """Start and await the processes; returns the exit status, 128 + signal for one killed."""
+def launch(folder):
+    """Start and await the processes; returns the exit status, 128 + signal for one killed.
+
+    folder: for files of torch's, which it would leave behind.
+    """
     try:
         from torch.distributed.run import main as launch_torch
 
-        sys.argv[1:1] = ["--monitor_interval", "1"]
+        sys.argv[1:1] = ["--monitor_interval", "1", "--log_dir", folder]
     except ImportError:  # before torch 1.9
         from torch.distributed.launch import main as launch_torch
 

@@ -75,7 +75,8 @@ def _parser(main, data_sets):
     parser.set_defaults(data_path="")
     parser.add_argument("--data-set", choices=sorted(data_sets), required=True)
     for name, choices in (("--device", ("cuda", "cpu")), ("--sched", ("cosine", "tanh", "step")),
-                          ("--remode", ("pixel", "rand", "const"))):
+                          ("--remode", ("pixel", "rand", "const")),
+                          ("--mixup-mode", ("batch", "pair", "elem"))):
         parser.add_argument(name, choices=choices, default=choices[0])
     ours = parser.add_argument_group("added by this bundle")
     for name, text in (("--accum-iter", "take N batches per process for one optimizer step"),
@@ -115,6 +116,7 @@ def _refuse_what_cannot_work(args):
         if value != unused:
             raise UserError(f"{flag(name)} {value} is not supported: --resume takes the converted "
                             "checkpoint, or one of a run to go on from")
+    minmax = args.cutmix_minmax or (0, 1)
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     for wrong, message in (
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
@@ -124,8 +126,8 @@ def _refuse_what_cannot_work(args):
              f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
             (mixes and args.batch_size % 2,
              f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
-            (args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2,
-             "--cutmix-minmax: takes two numbers, as 0.2 0.8"),
+            (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1,
+             "--cutmix-minmax: takes two numbers from 0 to 1, the smaller first, as 0.2 0.8"),
             (getattr(args, "bce_loss", False) and not mixes,
              "--bce-loss: needs --mixup or --cutmix, which give it its targets")):
         if wrong:
@@ -147,7 +149,9 @@ def check_gpus(args):
 
 
 def flag(name):
-    """The flag of an argument's name, as DeiT spells it."""
+    """The flag of an argument's name, as DeiT spells it; words are left as they are."""
+    if " " in name:
+        return name
     return "--" + (name if name in ("num_workers", "start_epoch") else name.replace("_", "-"))
 
 

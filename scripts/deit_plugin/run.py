@@ -1,5 +1,6 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
 import builtins
+import json
 import shlex
 import time
 from collections import Counter
@@ -78,6 +79,8 @@ class Run:
 
         All commits load ``--resume`` after that copy, which then averages from random weights.
         """
+        if torch.distributed.is_initialized():
+            self._check_same_everywhere()
         path, classes = self.start.path, self.datasets[0].classes
         its_classes = self.start.state.get("classes", classes)
         if its_classes != classes:
@@ -106,7 +109,7 @@ class Run:
                         max_norm, model_ema, *mixup_fn, **kwargs):
         """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
         if self.train_loader is None:
-            self._begin(data_loader, optimizer, device, loss_scaler, model_ema)
+            self._begin(data_loader, optimizer, loss_scaler, model_ema)
         elif self.rank == 0:
             self._commit()
         began = time.monotonic()
@@ -154,9 +157,7 @@ class Run:
 
     # What happens in between
 
-    def _begin(self, data_loader, optimizer, device, loss_scaler, model_ema):
-        if self.processes > 1:
-            self._check_same_start(device)
+    def _begin(self, data_loader, optimizer, loss_scaler, model_ema):
         if self.start.epoch:
             self._restore(optimizer, loss_scaler, model_ema)
         if self.rank == 0:
@@ -206,14 +207,23 @@ class Run:
             f"{count(args.save_freq, 'epoch')}, both after the last",
             f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
 
-    def _check_same_start(self, device):
-        """Machines that do not share a folder would continue from different epochs."""
-        epoch = self.start.epoch
-        extremes = torch.tensor([epoch, -epoch], device=device)
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
-        if extremes.tolist() != [epoch, -epoch]:
-            raise UserError(f"rank {self.rank} would start at epoch {epoch + 1}, others elsewhere: "
-                            "--output_dir must be one folder that all machines share")
+    def _check_same_everywhere(self):
+        """Machines that were launched differently would train different models, or wait forever."""
+        train, test = map(len, self.datasets)
+        text = json.dumps({**self.args.settings, "first epoch": self.start.epoch + 1,
+                           "train images": train, "test images": test}).encode()
+        # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
+        own = torch.zeros(2**16, dtype=torch.uint8)
+        own[:len(text)] = torch.tensor(list(text))
+        own = own.to(self.args.device)
+        everyone = [torch.zeros_like(own) for _ in range(self.processes)]
+        torch.distributed.all_gather(everyone, own)
+        for rank, its in enumerate(everyone):
+            its = json.loads(bytes(its.tolist()).rstrip(b"\0"))
+            differing = options.differing(json.loads(text), its, f"rank {rank}")
+            if differing:
+                raise UserError(f"rank {self.rank} was launched with {', '.join(differing)}: type "
+                                "the same on all machines, with one --output_dir that they share")
 
     def _is_due(self, every):
         """Whether what is done every ``every`` epochs and after the last is due."""
