@@ -88,9 +88,10 @@ def _check(path: str, start: bytes) -> bool:
 
 
 def _first_damaged(path: str, turn: int) -> Optional[str]:
-    """ZipFile.testzip of every second member, from the one numbered `turn` on."""
+    """ZipFile.testzip of half of the members: by size, every second one from `turn` on."""
     with zipfile.ZipFile(path) as archive:
-        archive.filelist = archive.filelist[turn::2]
+        archive.filelist.sort(key=lambda member: member.file_size)
+        del archive.filelist[1 - turn::2]
         return archive.testzip()
 
 
