@@ -19,7 +19,7 @@ from deit_plugin import errors, options, weights
     ("--input-size 100", "multiple of 16"), ("--start_epoch 5", "--start_epoch 5"),
     ("--remode no_such", "pixel"), ("--device CPU", "cuda"), ("--sched no_such", "cosine"),
     ("--batch-size 7 --cutmix 0", "must be even"), ("--batch-size 7 --mixup 0", "must be even"),
-    ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"),
+    ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"), ("--bce-loss", "--smoothing 0"),
     ("--finetune a.pth", "--resume"), ("--distillation-type hard", "--distillation-type"),
     ("--output-dir out", "did you mean --output_dir"), ("--dryrun", "--dry-run"),
     ("--epochs many", "many"), ("--data-set imagenet", "imagenet"),

@@ -9,8 +9,8 @@ def evaluate(model, batches, device):
     """Top-1 and top-5 accuracy in percent and mean cross-entropy, over the images of all processes.
 
     batches: pairs of images (B, 3, H, W) and labels (B,), the share of this process. Counts are
-    whole numbers and the loss is summed in float64, so that the accuracy is the same, to the last
-    digit, for any number of processes.
+    whole numbers and the loss is summed in float64, so that the number of processes changes nothing
+    but how images are batched, which a GPU's rounding may depend on.
     """
     model = getattr(model, "module", model)  # processes have unequal numbers of batches
     model.eval()

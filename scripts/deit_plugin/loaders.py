@@ -10,6 +10,8 @@ from .options import count
 # Seconds. After a collective, a thread of gloo takes and frees Python's locks; a data worker forked
 # at that moment inherits one that nobody frees (Python before 3.12; seen once in 1000 launches).
 SETTLING = 0.05
+# torch before 1.9 pins memory in a thread that ends when workers go on to a second epoch.
+CAN_PIN = hasattr(torch, "inference_mode")  # which is new in 1.9
 
 
 def persistent(loader, batches, generator=None):
@@ -21,7 +23,7 @@ def persistent(loader, batches, generator=None):
     time.sleep(SETTLING)
     return DataLoader(
         loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
-        pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory and CAN_PIN, collate_fn=loader.collate_fn,
         persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent)
 
 

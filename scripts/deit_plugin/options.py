@@ -128,8 +128,9 @@ def _refuse_what_cannot_work(args):
              f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
             (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1,
              "--cutmix-minmax: takes two numbers from 0 to 1, the smaller first, as 0.2 0.8"),
-            (getattr(args, "bce_loss", False) and not mixes,
-             "--bce-loss: needs --mixup or --cutmix, which give it its targets")):
+            (getattr(args, "bce_loss", False) and (not mixes or args.smoothing),
+             "--bce-loss: needs --mixup or --cutmix, and --smoothing 0: DeiT makes 1 of every "
+             "target over 0")):
         if wrong:
             raise UserError(message)
 
@@ -138,7 +139,9 @@ def check_gpus(args):
     """Say which GPUs there are; this machine must have as many as processes."""
     if args.device == "cpu":
         return "on the CPU"
-    gpus, wanted = torch.cuda.device_count(), int(os.environ.get("NPROC_PER_NODE", 1))
+    # Newer torch counts GPUs also where its CUDA is too new for the driver.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = int(os.environ.get("NPROC_PER_NODE", 1))
     if wanted <= gpus:
         return f"{wanted} of {count(gpus, 'GPU')}"
     if args.check and not gpus:  # as on the machine that one logs in to

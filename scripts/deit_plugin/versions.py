@@ -63,6 +63,7 @@ def quieten_age():
     for category, start in (
             (FutureWarning, r"Importing from timm\.models\."),  # timm 0.9 moved its modules
             (UserWarning, r"Overwriting \w+ in registry"),  # timm 0.9: DeiT's models replace timm's
+            (UserWarning, r"barrier\(\): using the device"),  # torch after 2.6, on GPUs
             (FutureWarning, r"`torch\.cuda\.amp\."),  # torch 2.4 renamed autocast and GradScaler
             (DeprecationWarning, r"`torch\.cuda\.amp\.")):
         warnings.filterwarnings("ignore", message=start, category=category)
