@@ -76,7 +76,7 @@ def converter(folder):
     python = [sys.executable, "-c"]
     figures = measure({"here": [*convert, target],
                        "published": [*python, AS_PUBLISHED, source, target],
-                       "floor": [*python, FLOOR, copied, target]}, folder / "out", repeats=3)
+                       "floor": [*python, FLOOR, copied, target]}, folder / "out", repeats=9)
     (theirs, their_peak), (ours, our_peak) = figures["published"], figures["here"]
     line(f"converter, ViT-Base, {source.stat().st_size / 1e9:.2f} GB", theirs, ours, "s")
     line("its peak memory", their_peak, our_peak, "GB")
