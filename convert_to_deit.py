@@ -88,7 +88,7 @@ def _check(path: str, start: bytes) -> bool:
 
 
 def _first_damaged(path: str, turn: int) -> Optional[str]:
-    """ZipFile.testzip of half of the members: by size, every second one from `turn` on."""
+    """ZipFile.testzip of half of the bytes: of every second member by size, from `turn` on."""
     with zipfile.ZipFile(path) as archive:
         archive.filelist.sort(key=lambda member: member.file_size)
         del archive.filelist[1 - turn::2]

@@ -9,6 +9,7 @@ folder and, for several runs, comparison.png into --output.
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -146,6 +147,8 @@ def main() -> None:
     parser.add_argument("--output", default=".", type=Path, metavar="FOLDER",
                         help="where comparison.png goes for several runs (default: here)")
     args = parser.parse_args()
+    if hasattr(signal, "SIGPIPE"):  # not on Windows; else `| head` ends in a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     runs, skipped = [], []
     for folder in args.folders:
         try:

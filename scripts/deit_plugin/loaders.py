@@ -1,5 +1,6 @@
 """DeiT's data loaders, with workers that last and each test image in one process only."""
 import time
+import warnings
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
@@ -20,6 +21,9 @@ def persistent(loader, batches, generator=None):
     Its workers live as long as it is referred to, and a worker's random state goes on from one
     epoch to the next; DeiT's own start their workers anew for every epoch.
     """
+    if loader.pin_memory and not CAN_PIN:
+        warnings.warn("--pin-mem has no effect: torch before 1.9 cannot pin memory for data "
+                      "workers that last", stacklevel=2)
     time.sleep(SETTLING)
     return DataLoader(
         loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,

@@ -85,7 +85,10 @@ class RunFolder:
         return Start(state, path, epoch)
 
     def _check_settings(self, args, path, state):
-        """Refuse other settings than a run's checkpoint brings along; in its own folder, any."""
+        """Refuse settings other than what the checkpoint of a run brings along.
+
+        To continue in its own folder, all settings must be as they were.
+        """
         before, advice = dict(state.get("settings", {})), "pass its own"  # plain DeiT notes none
         if args.eval or not self.contains(path):
             brought = OF_WEIGHTS if args.eval else OF_STATE

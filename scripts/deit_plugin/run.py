@@ -222,8 +222,8 @@ class Run:
             its = json.loads(bytes(its.tolist()).rstrip(b"\0"))
             differing = options.differing(json.loads(text), its, f"rank {rank}")
             if differing:
-                raise UserError(f"rank {self.rank} was launched with {', '.join(differing)}: type "
-                                "the same on all machines, with one --output_dir that they share")
+                raise UserError(f"rank {self.rank} has {', '.join(differing)}: type the same on "
+                                "all machines, with the same data and one shared --output_dir")
 
     def _is_due(self, every):
         """Whether what is done every ``every`` epochs and after the last is due."""
