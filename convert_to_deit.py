@@ -50,49 +50,39 @@ def load(path: str) -> Any:
 
     Raises CheckpointError if it cannot be read, is damaged or contains more than safe types.
     """
+    start = b""
     try:
         with open(path, "rb") as file:
-            start = file.read(16)
+            start = file.read(30)
         if start[8:9] == b"{":  # after 8 bytes of length a header in JSON
             from safetensors.torch import load_file
 
             return load_file(path)
-        safe = {"weights_only": True, "mmap": _check(path, start)}
+        stored = [False]  # a file of torch before 1.6, a mere pickle, is not mapped either
+        if start.startswith(b"PK"):
+            with ThreadPoolExecutor(2) as pool:  # 1.73 GB: 0.5 s by two threads, 0.9 s by one
+                stored = list(pool.map(_check_half, [path] * 2, (0, 1)))
+        safe = {"weights_only": True, "mmap": all(stored)} if SAFE_AND_MAPPED else {}
         with warnings.catch_warnings(), _harmless_extras():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", **(safe if SAFE_AND_MAPPED else {}))
-    except CheckpointError:
-        raise
+            return torch.load(path, map_location="cpu", **safe)
     except Exception as error:  # damaged bytes make the readers raise almost anything
-        raise CheckpointError(_reason(error, path)) from error
+        raise CheckpointError(_reason(error, path, start)) from error
 
 
-def _check(path: str, start: bytes) -> bool:
-    """Compare the checksums of a checkpoint; return whether it can be mapped into memory."""
-    if start.startswith(b"\x80"):  # a pickle, as torch saved before 1.6: without checksums
-        return False
-    if not start.startswith(b"PK"):
-        what = "no PyTorch checkpoint" if start else "an empty file"
-        if start.startswith(b"version https:"):
-            what = "a Git LFS pointer, not the file that it stands for"
-        elif start.lstrip().startswith(b"<"):
-            what = "a web page (HTML)"
-        raise CheckpointError(f"this is {what}; download it again")
-    with ThreadPoolExecutor(2) as pool:  # 1.73 GB take 0.5 s by two threads, 0.9 s by one
-        for damaged in pool.map(_first_damaged, [path] * 2, (0, 1)):
-            if damaged:
-                raise CheckpointError(f"damaged (checksum of {damaged}); download it again")
-    with zipfile.ZipFile(path) as archive:
-        # torch would map a compressed checkpoint, too, and give wrong numbers without a word.
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+def _check_half(path: str, turn: int) -> bool:
+    """Compare the checksums of every second member by size, from `turn` on.
 
-
-def _first_damaged(path: str, turn: int) -> Optional[str]:
-    """ZipFile.testzip of half of the bytes: of every second member by size, from `turn` on."""
+    Returns whether they are uncompressed: torch would map others, too, and give wrong numbers
+    without a word. Raises zipfile.BadZipFile.
+    """
     with zipfile.ZipFile(path) as archive:
         archive.filelist.sort(key=lambda member: member.file_size)
         del archive.filelist[1 - turn::2]
-        return archive.testzip()
+        damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.filelist)
 
 
 def _harmless_extras() -> Any:
@@ -107,13 +97,15 @@ def _harmless_extras() -> Any:
     return torch.serialization.safe_globals(harmless)
 
 
-def _reason(error: Exception, path: str) -> str:
+def _reason(error: Exception, path: str, start: bytes) -> str:
     """Why a reader failed, and what to type next."""
     text = str(error).strip()
     if isinstance(error, OSError):
         return f"{error.strerror or text}; check the path"
     if isinstance(error, ImportError) and "safetensors" in text:
         return "a safetensors file; pip install safetensors"
+    if not start.startswith((b"PK", b"\x80")):  # a web page, a Git LFS pointer, nothing
+        return f"no PyTorch checkpoint, it starts with {start!r}; download it again"
     if isinstance(error, (ImportError, AttributeError)):  # of an older Python stack than its own
         return f"contains what is not installed here ({text}); convert it where it was made"
     refused = re.search(r"(?:GLOBAL |class '?|Unsupported (?=operand))([\w.]+(?: \d+)?)", text)

@@ -163,10 +163,10 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"state_dict": BROKEN}, "blocks.1.norm1.weight missing blocks.1.norm13.weight"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": 3}}, "norm.bias missing"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": torch.ones(3)}}, "norm.bias (3,) (64,)"),
-    (b"", "empty download it again"),
-    (b"<!DOCTYPE html><p>404", "web page download it again"),
+    (b"", "b'' download it again"),
+    (b"<!DOCTYPE html><p>404", "<!DOCTYPE html> download it again"),
     (b"junk" * 9, "no PyTorch checkpoint download it again"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS download it again"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs download it again"),
 ])
 def test_what_is_no_moco_vit_is_refused_with_its_reason(tmp_path, capfd, content, words):
     line = refusal(capfd, run(tmp_path, content)[0], tmp_path)
