@@ -14,7 +14,7 @@ import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
 
 try:
     import numpy
@@ -171,49 +171,34 @@ def save(content: Dict[str, Any], path: str) -> int:
         return file.seek(0, os.SEEK_END)
 
 
-class VisionTransformer(NamedTuple):
-    """What the names and shapes of its tensors tell about a ViT."""
+def recognise(weights: Dict[str, torch.Tensor]) -> Tuple[str, Optional[str], str]:
+    """Tell which ViT the tensors are of, from names and shapes alone.
 
-    title: str  # such as "ViT-Base (width 768, depth 12)"
-    input_size: int  # side of an image, in pixels
-    model: Optional[str]  # --model of DeiT or timm that it fits
-    problem: str  # tensors that are missing, unexpected or of a wrong shape; "" if it is whole
+    A classifier, `head.*`, may be there or not. Patches are of 16 x 16 pixels, as all of MoCo v3's.
 
-
-def recognise(weights: Dict[str, torch.Tensor]) -> Optional[VisionTransformer]:
-    """Tell which ViT the tensors are of, from names and shapes alone; None if of none.
-
-    A classifier, `head.*`, may be there or not.
+    Returns:
+        A title, such as "ViT-Base (width 768, depth 12)"; --model of DeiT or timm that it fits, or
+        None; tensors that are missing, unexpected or of a wrong shape, "" if it is whole.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()
               if not name.startswith("head.")}
-    stem = {name: shape for name, shape in shapes.items() if name.startswith("patch_embed.proj.")}
-    if len(shapes.get("pos_embed", ())) != 3 or not stem:
-        return None
-    _, tokens, width = shapes["pos_embed"]
-    side = math.isqrt(max(tokens - 1, 0))
-    convolutional = "patch_embed.proj.0.weight" in stem  # MoCo v3's, in the place of one block
-    patch = 16 if convolutional else (stem.get("patch_embed.proj.weight") or (0,))[-1]
+    width = shapes.get("cls_token", (0,))[-1]
+    table = shapes.get("pos_embed", ())
+    side = math.isqrt(table[1] - 1) if len(table) == 3 else 14
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    depth, title, model = MODELS.get(width, (len(blocks) + convolutional, "ViT", None))
-    expected = {**_shapes_of(width, depth - convolutional, side), **stem}
-    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-             for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
-    problem = f"{len(wrong)} differ: {'; '.join(wrong[:4])}" if wrong else ""
-    title += f" (width {width}, depth {depth})" + " with a convolutional stem" * convolutional
-    fits = patch == 16 and not convolutional and not problem
-    return VisionTransformer(title, side * patch, model if fits else None, problem)
+    depth, title, model = MODELS.get(width, (len(blocks), "ViT", None))
 
-
-def _shapes_of(width: int, depth: int, side: int) -> Dict[str, tuple]:
-    """Names and shapes of a ViT's tensors, but for its stem and head."""
     block = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
              "norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     layers = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side * side, width)}
-    for name, shape in {**layers, "norm": (width,)}.items():
-        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
-    return shapes
+    layers.update({"patch_embed.proj": (width, 3, 16, 16), "norm": (width,)})
+    expected = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side * side, width)}
+    for name, shape in layers.items():
+        expected.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+             for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+    problem = f"{len(wrong)} differ: {'; '.join(wrong[:4])}" if wrong else ""
+    return f"{title} (width {width}, depth {depth})", None if wrong else model, problem
 
 
 def is_sine_cosine(pos_embed: Any) -> bool:
@@ -252,9 +237,8 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     for layer in misnamed:
         model = {name.replace(f"{layer}.", f"{MISNAMED[layer]}."): tensor
                  for name, tensor in model.items()}
-    vit = recognise(model)
-    if not vit or vit.problem:
-        problem = vit.problem if vit else "no pos_embed of 3 dimensions or no patch_embed.proj"
+    _, _, problem = recognise(model)
+    if problem:
         raise CheckpointError(f"not exactly the tensors of a ViT: {problem}; {WANTED}")
     found = ("MoCo v3 pre-training checkpoint" if ENCODER.fullmatch(prefix)
              else "encoder with MoCo v3's position embedding")
@@ -305,14 +289,11 @@ def convert_file(source: str, target: str) -> str:
     if taken or not os.path.basename(target):
         raise OSError("--output is a folder, a device or the same file as --input; name another")
     model, found = convert(checkpoint)
-    size, vit = save({"model": model}, target), recognise(model)
-    fit = f"No model of DeiT's has this stem or size ({vit.input_size} pixels)."
-    if vit.model:
-        input_size = "" if vit.input_size == 224 else f" --input-size {vit.input_size}"
-        heads = " (12 heads; DeiT's deit_small_patch16_224 has 6)" * ("small" in vit.model)
-        fit = f"Fits DeiT's --model {vit.model}{input_size}{heads}."
+    size = save({"model": model}, target)
+    title, fits, _ = recognise(model)
+    fit = f"Fits DeiT's --model {fits}." if fits else "No model of DeiT's has this width."
     values = sum(tensor.numel() for tensor in model.values())
-    return (f"{vit.title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}\n{fit}\n"
+    return (f"{title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}\n{fit}\n"
             f"{len(model)} tensors, {values:,} values: {target}, {size / 1e6:.1f} MB")
 
 

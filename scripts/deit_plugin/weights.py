@@ -55,7 +55,7 @@ def fit(model, weights, path, model_name, head_may_miss=True):
     try:
         model.load_state_dict({**resample_position_embedding(weights, own), **head})
     except RuntimeError as error:
-        fits = getattr(recognise(weights), "model", None)
+        _, fits, _ = recognise(weights)
         advice = f"; pass --model {fits}" if fits not in (None, model_name) else ""
         reason = str(error).splitlines()[1].strip(" \t.")[:LONGEST_REASON]  # after a heading
         raise UserError(f"{path} does not fit --model {model_name} with "
