@@ -277,28 +277,8 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     return prefixes[0]
 
 
-def convert_file(source: str, target: str) -> str:
-    """Convert the file `source` into the file `target`; return three lines to print.
-
-    Raises CheckpointError if `source` cannot be read or converted, OSError if `target` cannot be
-    written, or is `source`, a folder or a device.
-    """
-    checkpoint = load(source)
-    taken = os.path.exists(target) and (
-        not os.path.isfile(target) or os.path.samefile(source, target))
-    if taken or not os.path.basename(target):
-        raise OSError("--output is a folder, a device or the same file as --input; name another")
-    model, found = convert(checkpoint)
-    size = save({"model": model}, target)
-    title, fits, _ = recognise(model)
-    fit = f"Fits DeiT's --model {fits}." if fits else "No model of DeiT's has this width."
-    values = sum(tensor.numel() for tensor in model.values())
-    return (f"{title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}\n{fit}\n"
-            f"{len(model)} tensors, {values:,} values: {target}, {size / 1e6:.1f} MB")
-
-
 def main(argv: Optional[List[str]] = None) -> int:
-    """The command line. Returns the exit status: 0, 1 with a line on stderr, 130 on Ctrl-C."""
+    """The command line. Returns the exit status, 0, or 1 with a line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, type=os.path.expanduser, metavar="PATH",
                         help="checkpoint of MoCo v3 (.pth.tar or .safetensors)")
@@ -306,18 +286,27 @@ def main(argv: Optional[List[str]] = None) -> int:
                         help="checkpoint for DeiT's --resume")
     args = parser.parse_args(argv)
     try:
-        summary = convert_file(args.input, args.output)
-    except OSError as error:
-        message, status = f"{args.output}: not written: {error.strerror or error}", 1
+        checkpoint = load(args.input)
+        if os.path.exists(args.output) and (not os.path.isfile(args.output)
+                                            or os.path.samefile(args.input, args.output)):
+            raise OSError("it is a folder, a device or the same file as --input; name another")
+        model, found = convert(checkpoint)
+        size = save({"model": model}, args.output)
     except CheckpointError as error:
-        message, status = f"{args.input}: {' '.join(str(error).split())}", 1
+        message = f"{args.input}: {' '.join(str(error).split())}"
+    except OSError as error:
+        message = f"{args.output}: not written: {error.strerror or error}"
     except KeyboardInterrupt:
-        message, status = "interrupted; nothing was written", 130
+        message = "interrupted; nothing was written"
     else:
-        print(summary)
+        title, fits, _ = recognise(model)
+        values = sum(tensor.numel() for tensor in model.values())
+        print(f"{title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}")
+        print(f"Fits DeiT's --model {fits}." if fits else "No model of DeiT's has this width.")
+        print(f"{len(model)} tensors, {values:,} values: {args.output}, {size / 1e6:.1f} MB")
         return 0
     print(f"error: {message}", file=sys.stderr)
-    return status
+    return 1
 
 
 if __name__ == "__main__":

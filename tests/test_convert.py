@@ -206,12 +206,12 @@ def test_code_is_not_run_and_the_advice_saves_the_weights(tmp_path, capfd, monke
     assert_same(renamed(MOCO, r"base_encoder\.", ""), output)
 
 
-@pytest.mark.parametrize("error, status, words", [
-    (OSError(errno.ENOSPC, "no space"), 1, "disk full"), (KeyboardInterrupt(), 130, "interrupted")])
-def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, error, status, words):
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "no space"), "disk full"), (KeyboardInterrupt(), "interrupted")])
+def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, error, words):
     (tmp_path / "output.pth").write_text("old")
     monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=error))
-    assert run(tmp_path, MOCO)[0] == status
+    assert run(tmp_path, MOCO)[0] == 1
     err = capfd.readouterr().err
     assert words in err and err.count("\n") == 1
     assert (tmp_path / "output.pth").read_text() == "old"
@@ -227,7 +227,7 @@ def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
 
 @pytest.mark.parametrize("source, target, words", [
     ("~/none.pth", "~/out.pth", "none.pth No such file"),
-    ("~/in.pth", "~/new/", "folder"),
+    ("~/in.pth", "~/folder", "folder"),
     ("~/in.pth", "~/device", "device"),
     ("~/in.pth", "~/in.pth", "same file"),
     ("~/in.pth", "~/in.pth/out.pth", "not written"),
@@ -236,6 +236,7 @@ def test_wrong_paths(tmp_path, capfd, monkeypatch, source, target, words):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(MOCO, str(tmp_path / "in.pth"))
     os.mkfifo(str(tmp_path / "device"))
+    (tmp_path / "folder").mkdir()
     status = main(["--input", source, "--output", target])
     line = refusal(capfd, status, tmp_path)
     assert str(tmp_path) in line and all(word in line for word in words.split())
