@@ -39,8 +39,17 @@ class Flowers(DatasetFolder):
         # DatasetFolder gives len() and items; its own __init__ would search the folder for classes.
         VisionDataset.__init__(self, root, transform=transform)
         self.train, self.loader = train, pil_loader
-        if download:
-            self._download()
+        for _ in self.md5 if download else ():  # at most each file
+            try:
+                self._find_images()
+            except FileNotFoundError as error:
+                name = os.path.basename(error.filename)
+                if name in self.md5:  # it gets this name, for other processes, when it is whole
+                    download_url(self.url + name, self.root, name + ".part", self.md5[name])
+                    os.replace(error.filename + ".part", error.filename)
+                else:
+                    name = "102flowers.tgz"
+                    download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
         self.samples = self._find_images()
         self.targets = [label for _, label in self.samples]
 
@@ -68,16 +77,3 @@ class Flowers(DatasetFolder):
             except Exception as error:  # SciPy raises all sorts on a damaged file
                 raise ValueError(f"{path}: cannot read {variable!r}, numbers from 1 to {highest}: "
                                  f"{error!r}") from error
-
-    def _download(self) -> None:
-        for name in ("imagelabels.mat", "setid.mat"):
-            path = os.path.join(self.root, name)
-            if not os.path.exists(path):
-                # Other processes may look for it meanwhile: it gets its name when it is whole.
-                download_url(self.url + name, self.root, name + ".part", self.md5[name])
-                os.replace(path + ".part", path)
-        try:
-            self._find_images()
-        except FileNotFoundError:
-            name = "102flowers.tgz"
-            download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])

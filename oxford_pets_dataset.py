@@ -38,8 +38,12 @@ class Pets(DatasetFolder):
         VisionDataset.__init__(self, root, transform=transform)
         self.list = os.path.join(self.root, "annotations", "trainval.txt" if train else "test.txt")
         self.loader = pil_loader
-        if download:
-            self._download()
+        for _ in self.md5 if download else ():  # at most each archive, the one with lists first
+            try:
+                self._find_images()
+            except FileNotFoundError as error:
+                name = "annotations.tar.gz" if error.filename == self.list else "images.tar.gz"
+                download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
         self.samples = self._find_images()
         self.targets = [label for _, label in self.samples]
 
@@ -61,11 +65,3 @@ class Pets(DatasetFolder):
         for path in sorted(dict(samples).keys() - present):  # one look, also over NFS
             os.stat(path)  # raises FileNotFoundError
         return samples
-
-    def _download(self) -> None:
-        for _ in self.md5:  # at most each archive, the one with the lists first
-            try:
-                self._find_images()
-            except FileNotFoundError as error:
-                name = "annotations.tar.gz" if error.filename == self.list else "images.tar.gz"
-                download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
