@@ -127,9 +127,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
     It is written beside `path`, flushed to disk and renamed. If the block or the disk fails,
     nothing of it stays, and `path` is as before. The folder is made where it is missing.
-
-    Raises:
-        OSError: with a short `strerror`.
+    Raises OSError with a short `strerror`.
     """
     path = os.path.realpath(path)  # replace what a symbolic link points to, not the link
     folder, name = os.path.split(path)
@@ -152,8 +150,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 def save(content: Dict[str, Any], path: str) -> int:
     """Write a checkpoint to `path`, whole and checked or not at all; return its size in bytes.
 
-    Raises:
-        OSError: it could not be written; `path` is as before.
+    Raises OSError if it could not be written; `path` is as before.
     """
     with whole_file(path) as file:
         if SAFE_AND_MAPPED:
@@ -225,8 +222,7 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
         The tensors, not copied, under timm's names in file order, 150 for ViT-Base;
         and in words where they were found.
 
-    Raises:
-        CheckpointError: it contains no encoder of MoCo v3, or not exactly a ViT's tensors.
+    Raises CheckpointError if there is no encoder of MoCo v3, or not exactly a ViT's tensors.
     """
     weights = _tensors_of(checkpoint)
     prefix = _find_prefix(weights)
