@@ -118,14 +118,13 @@ def _cifar(cifar: Any) -> DataSet:
         try:
             return cifar(root, train, transform, download=bool(download and absent))
         except RuntimeError as error:
-            folder = os.path.join(root, cifar.base_folder)
             if not download:  # another process may be unpacking it: look again after that
-                missing = os.path.join(root, absent[0]) if absent else folder
+                missing = os.path.join(root, [*absent, cifar.base_folder][0])
                 raise FileNotFoundError(errno.ENOENT, "incomplete", missing) from error
             if absent:
                 raise
-            raise ValueError(f"{folder} contains other files than the official ones (their md5 "
-                             "differs): delete it, and they are downloaded") from error
+            raise ValueError(f"{root}/{cifar.base_folder} contains other files than the official "
+                             "ones (md5 differs): delete it, and they are downloaded") from error
 
     return DataSet(build, layout, cifar.url, {cifar.filename: cifar.tgz_md5}, always_download=True)
 
