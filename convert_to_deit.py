@@ -260,12 +260,10 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     every = [name[:-len("cls_token")] for name in weights
              if re.search(r"(^|\.)cls_token$", name) and "momentum_encoder." not in name]
     prefixes = [prefix for prefix in every if ENCODER.fullmatch(prefix)] or every
-    if len(prefixes) > 1:
-        raise CheckpointError(f"several encoders ({', '.join(prefixes)}); {WANTED}")
-    if not prefixes:
+    if len(prefixes) != 1:
         resnet = any(name.endswith("layer1.0.conv1.weight") for name in weights)
-        what = "a ResNet, and DeiT trains vision transformers only" if resnet else "no ViT"
-        raise CheckpointError(f"{what} (no base_encoder, no cls_token in it); {WANTED}")
+        what = "a ResNet, and DeiT trains vision transformers only" if resnet else "not one ViT"
+        raise CheckpointError(f"{what} (base_encoder, cls_token: {prefixes}); {WANTED}")
     table = weights.get(prefixes[0] + "pos_embed")
     if not ENCODER.fullmatch(prefixes[0]) and not is_sine_cosine(table):
         raise CheckpointError("no base_encoder, and a learned position embedding, as supervised "

@@ -159,7 +159,7 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"state_dict": {"module.base_encoder.layer1.0.conv1.weight": torch.ones(1)}}, "ResNet"),
     ({"epoch": 3}, "base_encoder cls_token"),
     ([torch.ones(1)], "list"),
-    ({"state_dict": {**MOCO, **encoder("module.base_encoder.")}}, "several module.base_encoder."),
+    ({"state_dict": {**MOCO, **encoder("module.base_encoder.")}}, "one module.base_encoder."),
     ({"state_dict": BROKEN}, "blocks.1.norm1.weight missing blocks.1.norm13.weight"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": 3}}, "norm.bias missing"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": torch.ones(3)}}, "norm.bias (3,) (64,)"),
