@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
@@ -63,8 +62,7 @@ def load(path: str) -> Any:
             with ThreadPoolExecutor(2) as pool:  # 1.73 GB: 0.5 s by two threads, 0.9 s by one
                 stored = list(pool.map(_check_half, [path] * 2, (0, 1)))
         safe = {"weights_only": True, "mmap": all(stored)} if SAFE_AND_MAPPED else {}
-        with warnings.catch_warnings(), _harmless_extras():
-            warnings.simplefilter("ignore")
+        with _harmless_extras():
             return torch.load(path, map_location="cpu", **safe)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise CheckpointError(_reason(error, path, start)) from error
