@@ -104,8 +104,6 @@ def _reason(error: Exception, path: str, start: bytes) -> str:
         return "a safetensors file; pip install safetensors"
     if not start.startswith((b"PK", b"\x80")):  # a web page, a Git LFS pointer, nothing
         return f"no PyTorch checkpoint, it starts with {start!r}; download it again"
-    if isinstance(error, (ImportError, AttributeError)):  # of an older Python stack than its own
-        return f"contains what is not installed here ({text}); convert it where it was made"
     refused = re.search(r"(?:GLOBAL |class '?|Unsupported (?=operand))([\w.]+(?: \d+)?)", text)
     if not refused:
         detail = f"{type(error).__name__}: {text[:100]}".splitlines()[0]
