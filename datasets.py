@@ -7,12 +7,13 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5, check_md5
 
 from oxford_flowers_dataset import Flowers
@@ -131,27 +132,19 @@ def _cifar(cifar: Any) -> DataSet:
 
 def _image_folder(root: str, train: bool, transform: Callable, download: bool) -> ImageFolder:
     """The images of root/train/CLASS/, or of root/val/CLASS/; root/test/ where there is no val/."""
-    test = "test" if {"test", "val"} & _folders_in(root) == {"test"} else "val"
-    classes = _folders_in(os.path.join(root, "train"))
-    unequal = classes ^ _folders_in(os.path.join(root, test))
-    if unequal:
-        raise ValueError(f"{root}: train/ and {test}/ must have the same class folders; only one "
-                         f"has {', '.join(sorted(unequal))}")
+    test = "val" if os.path.isdir(os.path.join(root, "val")) else "test"
+    classes, others = ({path.name for path in os.scandir(os.path.join(root, part)) if path.is_dir()}
+                       for part in ("train", test))
+    if classes != others or len(classes) < 2:
+        raise ValueError(f"{root}: train/ and {test}/ must have the same class folders, two or "
+                         f"more; they have {len(classes)} and {len(others)}, and only one of them "
+                         f"has {sorted(classes ^ others)}")
     folder = os.path.join(root, "train" if train else test)
-    try:
-        dataset = ImageFolder(folder, transform)
-    except (FileNotFoundError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
-    empty = classes - {dataset.classes[label] for label in dataset.targets}
-    if empty:  # older torchvision takes them
-        raise ValueError(f"{folder}: no images of the classes {', '.join(sorted(empty))}")
-    if len(classes) < 2:
-        raise ValueError(f"{folder}: one class alone, {min(classes)}; there must be two")
-    return dataset
-
-
-def _folders_in(path: str) -> Set[str]:
-    return {entry.name for entry in os.scandir(path) if entry.is_dir()}
+    empty = [name for name in sorted(classes) if not any(
+        path.suffix.lower() in IMG_EXTENSIONS for path in Path(folder, name).rglob("*"))]
+    if empty:
+        raise ValueError(f"{folder}: no images of the classes {', '.join(empty)}")
+    return ImageFolder(folder, transform)
 
 
 DATA_SETS = {
