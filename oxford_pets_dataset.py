@@ -51,14 +51,13 @@ class Pets(DatasetFolder):
         """Path and label of each image, which must be there, from lines of name, class and more."""
         folder, samples = os.path.join(self.root, "images"), []
         with open(self.list, encoding="utf-8-sig", errors="replace") as file:
-            lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-        for line in lines:
-            try:
-                name, label = line.split()[:2]
-                samples.append((os.path.join(folder, name + ".jpg"), self.classes.index(label)))
-            except ValueError as error:
-                raise ValueError(f"{self.list}: expected a name and a class from 1 to "
-                                 f"{len(self.classes)}, found {line[:80]!r}") from error
+            for line in filter(str.strip, file):
+                try:
+                    name, label = line.split()[:2]
+                    samples.append((os.path.join(folder, name + ".jpg"), self.classes.index(label)))
+                except ValueError as error:
+                    raise ValueError(f"{self.list}: expected a name and a class from 1 to "
+                                     f"{len(self.classes)}, found {line[:80]!r}") from error
         if not samples:
             raise ValueError(f"{self.list} lists no images")
         present = {os.path.join(folder, name) for name in os.listdir(folder)}

@@ -87,9 +87,9 @@ def test_cut_down_sets_warn_once(data, name, train, text):
 
 
 @pytest.mark.parametrize("name, file, content, words", [
-    ("pets", "annotations/trainval.txt", "cat_1 1 1 1\ncat_2\n", ["'cat_2'"]),
-    ("pets", "annotations/trainval.txt", "# Image CLASS-ID\n", ["no images"]),
-    ("pets", "annotations/trainval.txt", "cat_1 38 1 1\n", ["'cat_1 38 1 1'", "37"]),
+    ("pets", "annotations/trainval.txt", "cat_1 1 1 1\ncat_2\n", ["'cat_2"]),
+    ("pets", "annotations/trainval.txt", " \n", ["no images"]),
+    ("pets", "annotations/trainval.txt", "cat_1 38 1 1\n", ["'cat_1 38 1 1", "37"]),
     ("flowers", "imagelabels.mat", "<!DOCTYPE html>", ["cannot read"]),
     ("flowers", "imagelabels.mat", {"labels": [[1, 103]]}, ["103", "102"]),
     ("flowers", "setid.mat", {"trnid": [[1]], "valid": [[71]]}, ["71", "70"]),
