@@ -1,5 +1,4 @@
 """The DeiT checkout: where it is, and its ``main`` module with our data sets."""
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -16,15 +15,16 @@ def import_main():
     versions.check_numpy()
     versions.quieten_age()
     versions.restore_pil_interp()
-    sys.path.insert(0, str(BUNDLE))
-    _import("convert_to_deit", f"the bundle in {BUNDLE}")
-    datasets = _import("datasets", f"the bundle in {BUNDLE}")
-    if not hasattr(datasets, "DATA_SETS"):
-        raise UserError(f"datasets was imported from {datasets.__file__}, which is not the "
-                        "bundle's: copy the bundle's datasets.py over DeiT's, or use the bundle "
-                        "from its own folder with DEIT_DIR; and unset PYTHONPATH")
-    sys.path.insert(0, str(folder))
-    main = _import("main", f"DeiT in {folder}")
+    sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours is to be found
+    try:
+        import convert_to_deit  # noqa: F401 (so that it is missed here)
+        import main
+        from datasets import DATA_SETS  # noqa: F401 (which DeiT's own does not have)
+    except Exception as error:  # versions that do not fit can make it raise anything
+        raise UserError(f"cannot import DeiT of {folder} with the bundle of {BUNDLE}: "
+                        f"{type(error).__name__}: {one_line(error)}; copy all that README.md says, "
+                        f"datasets.py too, and type {sys.executable} -m pip install -r "
+                        "requirements.txt for versions that work") from error
     versions.skip_pretrained_cfg(main)
     return main
 
@@ -38,13 +38,3 @@ def find():
     searched = f"DEIT_DIR={named}" if named else f"DEIT_DIR is not set, and {BUNDLE}"
     raise UserError(f"{searched} is no DeiT checkout, with main.py, engine.py and utils.py: git "
                     "clone https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
-
-
-def _import(name, whose):
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # versions that do not fit can make it raise anything
-        raise UserError(f"cannot import {name} of {whose} with {versions.found()}: "
-                        f"{type(error).__name__}: {one_line(error)}; README.md has the versions "
-                        f"that work, and {sys.executable} -m pip install -r requirements.txt "
-                        "installs them") from error

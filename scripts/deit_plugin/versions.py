@@ -5,7 +5,6 @@ Each patch does nothing on versions that do not need it.
 import inspect
 import os
 import warnings
-from importlib import metadata
 
 from .errors import UserError
 
@@ -19,13 +18,6 @@ def check_numpy():
     except RuntimeError as error:
         raise UserError(f"torch {torch.__version__} cannot use this NumPy ({error}): "
                         "pip install 'numpy<2'") from error
-
-
-def found():
-    """The versions of what a run stands on, as 'torch 2.15.0, timm 1.0.31, ...'."""
-    installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
-    names = ("torch", "torchvision", "timm", "scipy", "numpy")
-    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
 def restore_pil_interp():
