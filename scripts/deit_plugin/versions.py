@@ -52,12 +52,9 @@ def skip_pretrained_cfg(main):
 def quieten_age():
     """Drop warnings that come from DeiT's age alone; rank 0 shows others, each in one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for category, start in (
-            (FutureWarning, r"Importing from timm\.models\."),  # timm 0.9 moved its modules
-            (UserWarning, r"Overwriting \w+ in registry"),  # timm 0.9: DeiT's models replace timm's
-            (UserWarning, r"barrier\(\): using the device"),  # torch after 2.6, on GPUs
-            (FutureWarning, r"`torch\.cuda\.amp\."),  # torch 2.4 renamed autocast and GradScaler
-            (DeprecationWarning, r"`torch\.cuda\.amp\.")):
-        warnings.filterwarnings("ignore", message=start, category=category)
+    warnings.simplefilter("ignore", FutureWarning)  # of timm's modules and torch's mixed precision
+    warnings.simplefilter("ignore", DeprecationWarning)
+    # DeiT's models replace timm's; torch after 2.6 says on GPUs which one a barrier takes.
+    warnings.filterwarnings("ignore", message=r"Overwriting \w+ in registry|barrier\(\): using")
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
