@@ -138,8 +138,9 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise OSError(error.errno, "disk full", path) from error
+        if isinstance(error, OSError):
+            reason = "disk full" if error.errno == errno.ENOSPC else error.strerror
+            raise OSError(error.errno, reason, path) from error
         raise
 
 

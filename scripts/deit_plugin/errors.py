@@ -71,8 +71,10 @@ def _known_cause(error):
     if is_of_worker or isinstance(error, ConnectionError):  # the pipe to a worker that was killed
         return (f"{last}: was a DataLoader worker killed, out of memory? Pass fewer "
                 "--num_workers; in a container, enlarge /dev/shm")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk full: {error.filename or last}: make room and launch again"
     if isinstance(error, OSError):  # a data worker's arrives with its whole traceback
-        return ("disk full: " if error.errno == errno.ENOSPC else "") + last.split("OSError: ")[-1]
+        return last.split("OSError: ")[-1]
     return None
 
 

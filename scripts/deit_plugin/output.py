@@ -14,7 +14,7 @@ from pathlib import Path
 import convert_to_deit
 
 from . import options, weights
-from .errors import REFUSED, UserError
+from .errors import UserError
 
 # Settings that a checkpoint brings along: in its tensors, and with its optimizer's state.
 OF_WEIGHTS = ("model", "input_size")
@@ -33,8 +33,7 @@ class RunFolder:
     def claim(self):
         """Make the folder and lock it until this process ends."""
         self.check()
-        with _explained(self.path, REFUSED):
-            self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
             # This lock dies with the process, and data workers do not inherit it.
@@ -121,25 +120,12 @@ class RunFolder:
         kept = [row for row in rows if row["epoch"] < epochs]
         lines = "".join(json.dumps(row) + "\n" for row in kept)
         for name, text in (("log.txt", lines), ("run.json", json.dumps(facts, indent=1))):
-            path = self.path / name
-            with _explained(path, REFUSED), convert_to_deit.whole_file(str(path)) as file:
+            with convert_to_deit.whole_file(str(self.path / name)) as file:
                 file.write(text.encode())
         return kept
 
     def save(self, name, state):
         """Write a checkpoint, once the lines of its epochs in log.txt are on the disk."""
-        with _explained(self.path / name, status=1):
-            with open(self.path / "log.txt", "rb") as log:
-                os.fsync(log.fileno())
-            convert_to_deit.save(state, str(self.path / name))
-
-
-@contextlib.contextmanager
-def _explained(path, status):
-    """Say in one line why a file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        kept = ", the last whole one is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}: make room and "
-                        "launch again", status) from error
+        with open(self.path / "log.txt", "rb") as log:
+            os.fsync(log.fileno())
+        convert_to_deit.save(state, str(self.path / name))
