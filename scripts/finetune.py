@@ -17,7 +17,7 @@ def main():
     if args.device == "cpu":
         cpu.patch(deit)
     if args.check:
-        return check.report(deit, args)
+        sys.exit(check.report(deit, args))
     options.check_gpus(args)
     folder = output.RunFolder(args)
     if options.rank() == 0 and not args.eval:
@@ -28,7 +28,6 @@ def main():
     elif options.rank() == 0:
         print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
               "it to --resume, with more --epochs and another --output_dir")
-    return None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from .run import Run
 
 
 def report(main, args):
-    """Check everything; exit with 2 if a launch would fail. What a problem entails is left out.
+    """Check everything, but for what a problem entails; returns the exit status.
 
     main: DeiT's module; args: options.parse's.
     """
@@ -37,10 +37,8 @@ def report(main, args):
         if start and ask("model", _model, run) and not args.eval:
             print(run.plan())
         ask("images", decode, run.datasets, args.num_workers)
-    if problems:
-        print(f"not ready: {options.count(len(problems), 'problem')}")
-        sys.exit(REFUSED)
-    print("ready")
+    print(f"not ready: {options.count(len(problems), 'problem')}" if problems else "ready")
+    return REFUSED if problems else 0
 
 
 def _build_datasets(run):

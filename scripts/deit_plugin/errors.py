@@ -28,13 +28,11 @@ def guard(run):
         run()
     except KeyboardInterrupt:
         _end(130)
-    except SystemExit as stop:
-        _end(stop.code or 0)
     except UserError as error:
         _fail(f"error: {error}", error.status)
     except ImportError as error:
         _fail(f"error: {error}; type {sys.executable} -m pip install -r requirements.txt", REFUSED)
-    except BaseException as error:  # the last resort, whatever it is
+    except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
         _fail(f"error: {line}" if line else traceback.format_exc(), 1, may_be_lost_peer=not line)
 
