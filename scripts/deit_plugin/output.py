@@ -60,46 +60,35 @@ class RunFolder:
         return path.parent == self.path.resolve() and path.name in RUN_FILES
 
     def find_start(self, args):
-        """Continue what is here, or else start from ``--resume``."""
+        """Continue what is here, with all its settings, or else start from ``--resume``."""
         if args.overwrite and self.contains(args.pretrained):
             raise UserError(f"--overwrite would delete {args.pretrained}, which this run starts "
                             "from: move it, or pass another --output_dir")
-        own, path, advice = self.path / "checkpoint.pth", args.pretrained, ""
-        if own.exists() and not (args.eval or args.overwrite):
-            path, advice = str(own), "; or --overwrite to start anew"
+        own = self.path / "checkpoint.pth"
+        continues = own.exists() and not (args.eval or args.overwrite)
+        path = str(own) if continues else args.pretrained
         if not path:
             raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under "
                             "--eval a checkpoint of a run")
-        try:
-            state = weights.read(path)
-        except UserError as error:
-            raise UserError(f"{error}{advice}") from None
-        self._check_settings(args, path, state)
-        if args.eval or "optimizer" not in state or "epoch" not in state:
-            return Start(state, path, 0)
-        epoch = state["epoch"] + 1
-        if epoch >= args.epochs and not self.contains(path):
-            raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
-                            "go on from it")
-        return Start(state, path, epoch)
-
-    def _check_settings(self, args, path, state):
-        """Refuse settings other than what the checkpoint of a run brings along.
-
-        To continue in its own folder, all settings must be as they were.
-        """
-        before, advice = dict(state.get("settings", {})), "pass its own"  # plain DeiT notes none
-        if args.eval or not self.contains(path):
-            brought = OF_WEIGHTS if args.eval else OF_STATE
-            before = {name: before[name] for name in brought if name in before}
-        else:
-            advice = "pass another --output_dir, or --overwrite to delete that run"
+        state = weights.read(path)
+        before, advice = state.get("settings", {}), "pass its own"  # plain DeiT notes none
+        names = OF_WEIGHTS if args.eval else OF_STATE
+        if continues:
+            names, advice = set(before), "pass another --output_dir, or --overwrite to start anew"
             if not args.pretrained or self.contains(args.pretrained):  # as DeiT itself continues
-                before.pop("pretrained_file", None)
+                names.discard("pretrained_file")
+        before = {name: value for name, value in before.items() if name in names}
         differing = options.differing(args.settings, before, "there")
         if differing:
             raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}; "
                             f"{advice}")
+        if args.eval or "optimizer" not in state or "epoch" not in state:
+            return Start(state, path, 0)
+        epoch = state["epoch"] + 1
+        if epoch >= args.epochs and not continues:
+            raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
+                            "go on from it")
+        return Start(state, path, epoch)
 
     def begin(self, epochs, overwrite, facts):
         """Clear what a crash left, keep the first ``epochs`` of ``log.txt`` and return them.
