@@ -12,18 +12,13 @@ import torch.distributed
 
 def patch(main):
     """Make DeiT run on the CPU, alone and with several processes."""
-    hide_gpus()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else mixed precision wants the GPU that is there
     use_gloo()
     sum_meters_on_cpu(main)
     wait_for_no_gpu()
     wrap_without_device_ids()
     keep_mixup_targets_on_cpu()
     quieten_missing_gpu()
-
-
-def hide_gpus():
-    """DeiT's mixed precision wants the GPU that is there, though the model is on the CPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def use_gloo():

@@ -25,10 +25,7 @@ def main():
 
 
 def launch(folder):
-    """Start and await the processes; returns the exit status, 128 + signal for one killed.
-
-    folder: for files of torch's, which it would leave behind.
-    """
+    """Start the processes, with torch's own files in ``folder``; returns the exit status."""
     try:
         from torch.distributed.run import main as launch_torch
 
