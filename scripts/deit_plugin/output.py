@@ -46,13 +46,12 @@ class RunFolder:
                           "it that no other run writes there", stacklevel=1)
 
     def check(self):
-        """Say what is there, and that it can be written; make nothing."""
+        """Say that it can be written; make nothing."""
         nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
                             "another folder")
-        found = "contains" if (self.path / "checkpoint.pth").exists() else "without"
-        return f"{self.path}, {found} a run"
+        return str(self.path)
 
     def contains(self, path):
         """Whether ``path`` is a file of the run in this folder."""
