@@ -2,7 +2,6 @@
 
 A run on GPUs is not touched.
 """
-import inspect
 import os
 import warnings
 
@@ -57,14 +56,9 @@ def keep_mixup_targets_on_cpu():
     """Mixup puts its targets on cuda up to timm 0.4.12; later ones follow the batch."""
     from timm.data import mixup
 
-    make_target = mixup.mixup_target
-    if "device" not in inspect.signature(make_target).parameters:
-        return
-
-    def mixup_target(target, num_classes, lam=1.0, smoothing=0.0, device=None):
-        return make_target(target, num_classes, lam, smoothing, device=target.device)
-
-    mixup.mixup_target = mixup_target
+    *others, device = mixup.mixup_target.__defaults__
+    if device == "cuda":
+        mixup.mixup_target.__defaults__ = (*others, "cpu")
 
 
 def quieten_missing_gpu():
