@@ -12,19 +12,23 @@ BUNDLE = Path(__file__).resolve().parent.parent.parent
 def import_main():
     """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm."""
     folder = find()
-    versions.check_numpy()
     versions.quieten_age()
-    versions.restore_pil_interp()
     sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours is to be found
     try:
+        versions.restore_pil_interp()
+        import torch
+
         import convert_to_deit  # noqa: F401 (so that it is missed here)
         import main
         from datasets import DATA_SETS  # noqa: F401 (which DeiT's own does not have)
+
+        torch.zeros(1).numpy()
     except Exception as error:  # versions that do not fit can make it raise anything
         raise UserError(f"cannot import DeiT of {folder} with the bundle of {BUNDLE}: "
                         f"{type(error).__name__}: {one_line(error)}; copy all that README.md says, "
                         f"datasets.py too, and type {sys.executable} -m pip install -r "
-                        "requirements.txt for versions that work") from error
+                        "requirements.txt for versions that work; torch before 2.3 needs "
+                        "'numpy<2'") from error
     versions.skip_pretrained_cfg(main)
     return main
 

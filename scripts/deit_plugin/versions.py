@@ -6,19 +6,6 @@ import inspect
 import os
 import warnings
 
-from .errors import UserError
-
-
-def check_numpy():
-    """Raise UserError where torch cannot use NumPy: torch before 2.3 with NumPy 2."""
-    import torch
-
-    try:
-        torch.zeros(1).numpy()
-    except RuntimeError as error:
-        raise UserError(f"torch {torch.__version__} cannot use this NumPy ({error}): "
-                        "pip install 'numpy<2'") from error
-
 
 def restore_pil_interp():
     """Give ``timm.data.transforms`` its ``_pil_interp`` back, which DeiT HEAD imports.
