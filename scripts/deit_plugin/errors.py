@@ -77,22 +77,18 @@ def _known_cause(error):
 
 
 def _fail(text, status, may_be_lost_peer=False):
-    first = _is_first_to_fail()
-    if first and may_be_lost_peer and LAUNCHER in os.environ:
-        time.sleep(NOTICES)  # if a peer was killed, the launcher says so and ends this process
-    if first:
-        sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all but rank 0
+    """Print the text, if no other process of this machine has failed before, and exit."""
+    if FIRST_FAILURE in os.environ:
+        try:
+            open(os.environ[FIRST_FAILURE], "x").close()
+        except FileExistsError:
+            _end(status)
+        except OSError:  # the launcher is gone, and its folder with it, or that disk is full
+            pass
+        if may_be_lost_peer:
+            time.sleep(NOTICES)  # if a peer was killed, the launcher says so and ends this process
+    sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all but rank 0
     _end(status)
-
-
-def _is_first_to_fail():
-    try:
-        open(os.environ[FIRST_FAILURE], "x").close()
-    except FileExistsError:
-        return False
-    except (KeyError, OSError):  # no launcher; or it is gone, and its folder with it
-        pass
-    return True
 
 
 def _end(status):
