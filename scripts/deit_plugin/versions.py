@@ -1,8 +1,7 @@
 """What newer torch and timm need to run DeiT, which was written for torch 1.7 and timm 0.3.2.
 
-Each patch does nothing on versions that do not need it.
+Each patch changes nothing on versions that do not need it.
 """
-import inspect
 import os
 import warnings
 
@@ -21,19 +20,13 @@ def restore_pil_interp():
 def skip_pretrained_cfg(main):
     """Make DeiT's models without timm's ``pretrained_cfg`` argument, which they do not take.
 
-    Needed from timm 0.6 on (where ``create_model`` has it). As ``create_model`` does, arguments
-    that are None are left out.
+    Needed from timm 0.6 on, whose ``create_model`` has it. As ``create_model`` does in every timm,
+    arguments that are None are left out.
     """
-    from timm.models import create_model, model_entrypoint
+    from timm.models import model_entrypoint
 
-    if "pretrained_cfg" not in inspect.signature(create_model).parameters:
-        return
-
-    def create(model_name, **kwargs):
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        return model_entrypoint(model_name)(**given)
-
-    main.create_model = create
+    main.create_model = lambda name, **kwargs: model_entrypoint(name)(
+        **{name: value for name, value in kwargs.items() if value is not None})
 
 
 def quieten_age():
