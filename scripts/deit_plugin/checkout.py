@@ -10,8 +10,16 @@ BUNDLE = Path(__file__).resolve().parent.parent.parent
 
 
 def import_main():
-    """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm."""
-    folder = find()
+    """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm.
+
+    DeiT is in the folder ``DEIT_DIR``, or else in the one that this bundle was copied into.
+    """
+    named = os.environ.get("DEIT_DIR", "")
+    folder = Path(named or BUNDLE).expanduser().resolve()
+    if not all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
+        raise UserError(f"DEIT_DIR={named}: {folder} is no DeiT checkout, with main.py, engine.py "
+                        "and utils.py: git clone https://github.com/facebookresearch/deit && "
+                        "export DEIT_DIR=$PWD/deit")
     versions.quieten_age()
     sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours is to be found
     try:
@@ -31,14 +39,3 @@ def import_main():
                         "'numpy<2'") from error
     versions.skip_pretrained_cfg(main)
     return main
-
-
-def find():
-    """The folder of DeiT: ``DEIT_DIR``, or else the one this bundle was copied into."""
-    named = os.environ.get("DEIT_DIR")
-    folder = Path(named).expanduser().resolve() if named else BUNDLE
-    if all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
-        return folder
-    searched = f"DEIT_DIR={named}" if named else f"DEIT_DIR is not set, and {BUNDLE}"
-    raise UserError(f"{searched} is no DeiT checkout, with main.py, engine.py and utils.py: git "
-                    "clone https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
