@@ -15,11 +15,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text is the line that is printed."""
-
-    def __init__(self, text, status=REFUSED):
-        super().__init__(text)
-        self.status = status
+    """A mistake the user can mend before training; its text is the line that is printed."""
 
 
 def guard(run):
@@ -29,7 +25,7 @@ def guard(run):
     except KeyboardInterrupt:
         _end(130)
     except UserError as error:
-        _fail(f"error: {error}", error.status)
+        _fail(f"error: {error}", REFUSED)
     except ImportError as error:
         _fail(f"error: {error}; type {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except Exception as error:  # the last resort, whatever it is
@@ -71,6 +67,8 @@ def _known_cause(error):
                 "--num_workers; in a container, enlarge /dev/shm")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full: {error.filename or last}: make room and launch again"
+    if isinstance(error, FloatingPointError):  # of the loss, see Run.train
+        return last
     if isinstance(error, OSError):  # a data worker's arrives with its whole traceback
         return last.split("OSError: ")[-1]
     return None

@@ -49,8 +49,8 @@ class Run:
         except SystemExit as stop:
             if stop.code != 1:  # which DeiT has one reason for, at any commit
                 raise
-            raise UserError("the loss is not finite, so DeiT stopped: pass a smaller --lr, and "
-                            "look at the data with --check", status=1) from stop
+            raise FloatingPointError("the loss is not finite, so DeiT stopped: pass a smaller "
+                                     "--lr, and look at the data with --check") from stop
         if self.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path
