@@ -3,7 +3,6 @@
 A run on GPUs is not touched.
 """
 import os
-import warnings
 
 import torch
 import torch.distributed
@@ -17,7 +16,6 @@ def patch(main):
     wait_for_no_gpu()
     wrap_without_device_ids()
     keep_mixup_targets_on_cpu()
-    quieten_missing_gpu()
 
 
 def use_gloo():
@@ -59,8 +57,3 @@ def keep_mixup_targets_on_cpu():
     *others, device = mixup.mixup_target.__defaults__
     if device == "cuda":
         mixup.mixup_target.__defaults__ = (*others, "cpu")
-
-
-def quieten_missing_gpu():
-    """Drop what mixed precision says, at every step, of a machine without a GPU."""
-    warnings.filterwarnings("ignore", message=".*CUDA is not available|CUDA initialization")

@@ -30,11 +30,12 @@ def skip_pretrained_cfg(main):
 
 
 def quieten_age():
-    """Drop warnings that come from DeiT's age alone; rank 0 shows others, each in one line."""
+    """Drop warnings of DeiT's age or a missing GPU; rank 0 shows others, each in one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.simplefilter("ignore", FutureWarning)  # of timm's modules and torch's mixed precision
     warnings.simplefilter("ignore", DeprecationWarning)
     # DeiT's models replace timm's; torch after 2.6 says on GPUs which one a barrier takes.
-    warnings.filterwarnings("ignore", message=r"Overwriting \w+ in registry|barrier\(\): using")
+    warnings.filterwarnings("ignore", message=r"Overwriting \w+ in registry|barrier\(\): using|"
+                            ".*CUDA is not available|.*Found no NVIDIA driver")
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
