@@ -16,9 +16,7 @@ PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
     "dist_url", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter", "eval",
-    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check",
-    # DeiT's flags that this bundle's transforms and evaluation have no use for
-    "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
+    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check"}
 
 LARGEST, FINITE = 2**31 - 1, 1e38  # NumPy's seeds end at 2**32 - 1, float32 at 3e38
 RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
