@@ -1,8 +1,5 @@
 """``--check``: all that a launch needs, and every image, without training."""
-import sys
 from multiprocessing.pool import ThreadPool
-
-from torch.hub import tqdm  # or a stand-in where it is not installed
 
 from . import options
 from .errors import REFUSED, UserError, one_line
@@ -52,20 +49,15 @@ def _model(run):
     model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
     run.create_optimizer(args, model)
-    parameters = sum(value.numel() for value in model.parameters())
-    return f"{args.model}, {parameters:,} parameters, with the weights of {run.start.path}"
+    return f"{args.model}, with the weights of {run.start.path}"
 
 
 def decode(datasets, num_workers):
     """Decode every image, in threads; the broken ones are listed."""
     images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
-    broken = []
-    with ThreadPool(max(1, num_workers)) as pool, tqdm(
-            total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for error in pool.imap(_why_broken, images):
-            bar.update(1)
-            if error:
-                broken.append(error)
+    print(f"decoding {len(images)} images ...", flush=True)
+    with ThreadPool(max(1, num_workers)) as pool:
+        broken = list(filter(None, pool.map(_why_broken, images)))
     if broken:
         heading = f"{len(broken)} of {len(images)} cannot be decoded; 20 at most are named:"
         raise UserError("\n           ".join([heading, *broken[:20]]))
