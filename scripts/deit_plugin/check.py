@@ -17,9 +17,9 @@ def report(main, args):
     def ask(what, check, *arguments):
         try:
             found = check(*arguments)
-        except UserError as error:
+        except (UserError, AssertionError, ValueError) as error:
             problems.append(what)
-            print(f"PROBLEM  {what}: {error}", flush=True)
+            print(f"PROBLEM  {what}: {str(error) or repr(error)}", flush=True)
             return None
         if isinstance(found, str):
             print(f"ok       {what}: {found}", flush=True)
@@ -48,7 +48,7 @@ def _model(run):
     args, classes = run.args, run.datasets[0].classes
     model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
-    run.create_optimizer(args, model)
+    run.deit.create_optimizer(args, model)
     return f"{args.model}, with the weights of {run.start.path}"
 
 

@@ -2,7 +2,9 @@
 import builtins
 import json
 import shlex
+import sys
 import time
+import traceback
 from collections import Counter
 from datetime import timedelta
 from types import SimpleNamespace
@@ -16,8 +18,8 @@ from .errors import UserError, one_line
 from .evaluation import evaluate
 from .options import count
 
-STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate",
-             "get_state_dict", "print")
+STAND_INS = ("build_dataset", "create_model", "train_one_epoch", "evaluate", "get_state_dict",
+             "print")
 DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
 
 
@@ -51,6 +53,13 @@ class Run:
                 raise
             raise FloatingPointError("the loss is not finite, so DeiT stopped: pass a smaller "
                                      "--lr, and look at the data with --check") from stop
+        except (AssertionError, ValueError) as error:  # as timm and torch refuse a flag's value
+            if self.trained:  # and so it is none
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            flags = shlex.join(sys.argv).partition(options.YOUR_FLAGS)[2]
+            raise UserError(f"{one_line(error)} ({place.filename}, line {place.lineno}): look for "
+                            f"the cause in your flags,{flags}") from error
         if self.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path
@@ -96,14 +105,6 @@ class Run:
         weights.fit(model, self.start.state["model"], path, name,
                     head_may_miss=not (self.args.eval or self.start.epoch))
         return model
-
-    def create_optimizer(self, args, model):
-        """DeiT's; timm raises all sorts for a name that it does not know."""
-        try:
-            return self.deit.create_optimizer(args, model)
-        except Exception as error:
-            raise UserError(f"--opt {args.opt}: timm cannot make it: {one_line(error)}; the "
-                            "recipes use adamw") from error
 
     def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
                         max_norm, model_ema, *mixup_fn, **kwargs):
