@@ -17,13 +17,12 @@ def report(main, args):
     def ask(what, check, *arguments):
         try:
             found = check(*arguments)
+            print(f"ok       {what}: {getattr(found, 'path', found)}", flush=True)
+            return found
         except (UserError, AssertionError, ValueError) as error:
             problems.append(what)
             print(f"PROBLEM  {what}: {str(error) or repr(error)}", flush=True)
             return None
-        if isinstance(found, str):
-            print(f"ok       {what}: {found}", flush=True)
-        return found
 
     ask("GPUs", options.check_gpus, args)
     if args.output_dir and not args.eval:
@@ -49,7 +48,7 @@ def _model(run):
     model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
     run.deit.create_optimizer(args, model)
-    return f"{args.model}, with the weights of {run.start.path}"
+    return f"{args.model} takes the weights"
 
 
 def decode(datasets, num_workers):
