@@ -1,5 +1,4 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
-import builtins
 import json
 import shlex
 import sys
@@ -18,9 +17,7 @@ from .errors import UserError, one_line
 from .evaluation import evaluate
 from .options import count
 
-STAND_INS = ("build_dataset", "create_model", "train_one_epoch", "evaluate", "get_state_dict",
-             "print")
-DEIT_SAYS_TOO = ("Namespace(", "Accuracy of the network", "Max accuracy")  # run.json, evaluate
+STAND_INS = ("build_dataset", "create_model", "train_one_epoch", "evaluate", "get_state_dict")
 
 
 class Run:
@@ -43,6 +40,7 @@ class Run:
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
         self.main.utils.save_on_master = self.save_on_master
+        self.main.print = lambda *_: None  # says what this bundle says, too, and all arguments
         self.args.start_epoch = self.start.epoch
         # Else the augmentation of the first epochs would be drawn again.
         self.args.seed += self.processes * self.start.epoch
@@ -63,9 +61,9 @@ class Run:
         if self.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path
-            self.print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
-                       f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
-                       f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
+            print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
+                  f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
+                  f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
         self.train_loader = self.test_loader = None  # ends their workers
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -144,17 +142,12 @@ class Run:
         stats = evaluate(model, self.test_loader, device)
         accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
         if self.args.eval:
-            self.print(f"{self.start.path}: {accuracy} on {count(len(self.datasets[1]), 'image')}")
+            print(f"{self.start.path}: {accuracy} on {count(len(self.datasets[1]), 'image')}")
             return stats
         if stats["acc1"] > self.best["test_acc1"]:
             self.best = {"epoch": self.trained["epoch"], "test_acc1": stats["acc1"]}
         self._say_progress(f"{accuracy} (best accuracy {self.best['test_acc1']:.2f} %); ")
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
-
-    def print(self, *values, **kwargs):
-        """DeiT's lines, less those that say again what this bundle says or writes."""
-        if not str(values[0] if values else "").startswith(DEIT_SAYS_TOO):
-            builtins.print(*values, **kwargs)  # found at the call: DeiT replaces it but in rank 0
 
     # What happens in between
 
@@ -167,7 +160,7 @@ class Run:
                 "settings": self.args.settings, "differs": self.args.differs,
                 "train_images": len(train), "test_images": len(test), "classes": train.classes})
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
-        self.print(self.plan(), flush=True)
+        print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
         self.train_loader = loaders.persistent(data_loader, RanksInTurn(
             data_loader, self.rank, self.processes, self.args.accum_iter))
@@ -236,8 +229,8 @@ class Run:
         elapsed = time.monotonic() - self.began
         to_go = elapsed / (done - self.start.epoch) * (epochs - done)
         so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
-        self.print(f"Epoch {done} of {epochs}: {accuracy}{so_far} so far, about {to_go} to go",
-                   flush=True)
+        print(f"Epoch {done} of {epochs}: {accuracy}{so_far} so far, about {to_go} to go",
+              flush=True)
 
     def _commit(self):
         """Write what the last epoch leaves, whose line is in log.txt now."""
