@@ -7,27 +7,16 @@ import itertools
 from torch.utils.data import BatchSampler, DistributedSampler
 
 
-class RanksInTurn:
-    """Batches of indices: what N ranks of DeiT's sampler would give to one step, for every step."""
-
-    def __init__(self, loader, rank, processes, accum_iter):
-        has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
-        kind = type(loader.sampler) if has_ranks else DistributedSampler
-        samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
-                         rank=rank * accum_iter + turn, shuffle=True)
-                    for turn in range(accum_iter)]
-        self.ranks = [BatchSampler(sampler, loader.batch_size, True) for sampler in samplers]
-
-    def set_epoch(self, epoch):
-        """As DeiT calls it before each epoch."""
-        for batches in self.ranks:
-            batches.sampler.set_epoch(epoch)
-
-    def __iter__(self):
-        return itertools.chain.from_iterable(zip(*self.ranks))
-
-    def __len__(self):
-        return sum(map(len, self.ranks))
+def batches(loader, rank, processes, accum_iter, epoch):
+    """Of indices, for an epoch: what N ranks of DeiT's sampler would give to each step."""
+    has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
+    kind = type(loader.sampler) if has_ranks else DistributedSampler
+    samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
+                     rank=rank * accum_iter + turn, shuffle=True) for turn in range(accum_iter)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    ranks = [BatchSampler(sampler, loader.batch_size, True) for sampler in samplers]
+    return itertools.chain.from_iterable(zip(*ranks))
 
 
 class Accumulation:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from . import loaders, options, weights
-from .accumulation import Accumulation, RanksInTurn
+from .accumulation import Accumulation, batches
 from .errors import UserError, one_line
 from .evaluation import evaluate
 from .options import count
@@ -112,7 +112,8 @@ class Run:
         elif self.rank == 0:
             self._commit()
         began = time.monotonic()
-        self.train_loader.batch_sampler.set_epoch(epoch)
+        self.train_loader.batch_sampler[:] = batches(
+            data_loader, self.rank, self.processes, self.args.accum_iter, epoch)
         steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
                              self.args.accum_iter)
         stats = self.deit.train_one_epoch(model, criterion, steps, steps, device, epoch, steps,
@@ -162,8 +163,7 @@ class Run:
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
         print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
-        self.train_loader = loaders.persistent(data_loader, RanksInTurn(
-            data_loader, self.rank, self.processes, self.args.accum_iter))
+        self.train_loader = loaders.persistent(data_loader, [])  # of batches, anew in each epoch
         self.began = time.monotonic()
 
     def _restore(self, optimizer, loss_scaler, model_ema):
