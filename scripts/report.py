@@ -11,6 +11,7 @@ import json
 import math
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -18,11 +19,10 @@ from typing import List, Optional, Tuple
 PUBLISHED = {"cifar10": (98.9, 50000, 10000), "cifar100": (90.5, 50000, 10000),
              "flowers": (97.7, 2040, 6149), "pets": (93.2, 3680, 3669)}
 COLUMNS = ("run", "data set", "epochs", "best %", "last %", "published %", "vs. published",
-           "h:mm:ss")
+           "training time")
 LEGEND = """
 published: by MoCo v3's authors, not run here: ViT-Base, 300 epochs of pre-training, 100 of
            fine-tuning; compared only with finished runs of that recipe on the whole data set
-h:mm:ss:   training and evaluation, of the epochs whose time is known
 """
 PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss",
           "train_lr": "Learning rate"}
@@ -87,11 +87,11 @@ class Run:
         accuracies = self.curve("test_acc1")[1] or [None]
         best, done = max(accuracies), self.rows[-1]["epoch"] + 1 if self.rows else 0
         compared = self.comparable and done == self.planned and best is not None
-        seconds = round(sum(self.curve("train_seconds")[1] + self.curve("test_seconds")[1]))
+        seconds = sum(self.curve("train_seconds")[1])
         return [self.name, self.data_set, f"{done} of {self.planned or '-'}",
                 number(best), number(accuracies[-1]), number(self.published, ".1f"),
                 number(best - self.published if compared else None, "+.2f"),
-                f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds else "-"]
+                str(timedelta(seconds=round(seconds))) if seconds else "-"]
 
 
 def number(value: Optional[float], form: str = ".2f") -> str:

@@ -16,7 +16,7 @@ def epoch_line(epoch, accuracy=None):
     """A line of log.txt; with an evaluation if an accuracy is given."""
     row = {"epoch": epoch, "train_lr": 3e-4, "train_loss": 2 / (epoch + 1), "train_seconds": 60.0}
     if accuracy is not None:
-        row.update(test_acc1=accuracy, test_loss=1 - accuracy / 100, test_seconds=5.0)
+        row.update(test_acc1=accuracy, test_loss=1 - accuracy / 100)
     return json.dumps(row) + "\n"
 
 
@@ -53,7 +53,7 @@ def test_table_without_torch_and_matplotlib(tmp_path):
     done = report("one", "two", "absent", cwd=tmp_path)
     for name in ("one", "two"):
         assert row_of(done, name) == ["pets", "4", "of", "4", "90.00", "89.50", "93.2", "-3.20",
-                                      "0:04:15"]
+                                      "0:04:00"]
     assert "MoCo v3's authors" in done.stdout and "not run here" in done.stdout
     assert done.stdout.count("pip install matplotlib") == 1 and done.stderr == ""
     assert "absent: not a run" in done.stdout and not list(tmp_path.rglob("*.png"))
@@ -61,17 +61,17 @@ def test_table_without_torch_and_matplotlib(tmp_path):
 
 @pytest.mark.parametrize("options, row, note", [
     ({"differs": ["--epochs 4 (published: 100)", "no --resume"]},
-     "pets 4 of 4 90.00 89.50 93.2 - 0:04:15", "--epochs 4 (published: 100), no --resume"),
-    ({"images": (3680, 30)}, "pets 4 of 4 90.00 89.50 93.2 - 0:04:15", "30 of 3669 test images"),
-    ({"data_set": "folder"}, "folder 4 of 4 90.00 89.50 - - 0:04:15", ""),
-    ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 93.2 - 0:01:05", ""),
+     "pets 4 of 4 90.00 89.50 93.2 - 0:04:00", "--epochs 4 (published: 100), no --resume"),
+    ({"images": (3680, 30)}, "pets 4 of 4 90.00 89.50 93.2 - 0:04:00", "30 of 3669 test images"),
+    ({"data_set": "folder"}, "folder 4 of 4 90.00 89.50 - - 0:04:00", ""),
+    ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 93.2 - 0:01:00", ""),
     ({"log": epoch_line(0, 80.0) + "\0\0\n" + epoch_line(1, 70.0)[:30]},
-     "pets 1 of 4 80.00 80.00 93.2 - 0:01:05", "line 3 of 3 is damaged"),
+     "pets 1 of 4 80.00 80.00 93.2 - 0:01:00", "line 3 of 3 is damaged"),
     ({"log": "".join(map(epoch_line, (0, 1, 2, 1), (60.0, 99.0, 99.0, 70.0)))},
-     "pets 2 of 4 70.00 70.00 93.2 - 0:02:10", ""),
+     "pets 2 of 4 70.00 70.00 93.2 - 0:02:00", ""),
     ({"log": epoch_line(0)}, "pets 1 of 4 - - 93.2 - 0:01:00", ""),
     ({"log": ""}, "pets 0 of 4 - - 93.2 - -", ""),
-    ({"about": "{}"}, "- 4 of - 90.00 89.50 - - 0:04:15", "unknown"),
+    ({"about": "{}"}, "- 4 of - 90.00 89.50 - - 0:04:00", "unknown"),
 ], ids=["other settings", "fewer images", "own images", "unfinished", "damaged",
         "trained again", "not evaluated", "empty", "no run.json"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):

@@ -35,7 +35,7 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     assert f"report.py {folder}" in report
     rows = log_of(folder)
     assert f"{max(row['test_acc1'] for row in rows):.2f} %" in best
-    assert all(row["train_seconds"] > 0 and row["test_seconds"] > 0 for row in rows)
+    assert all(row["train_seconds"] > 0 for row in rows)
 
     facts = json.loads((folder / "run.json").read_text())
     assert (facts["train_images"], facts["test_images"], len(facts["classes"])) == (49, 21, 37)
