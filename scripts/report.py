@@ -7,8 +7,8 @@ The table needs nothing but Python. The picture needs matplotlib: report.png goe
 folder and, for several runs, comparison.png into --output.
 """
 import argparse
+import contextlib
 import json
-import math
 import signal
 import sys
 from datetime import timedelta
@@ -38,15 +38,17 @@ STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "sa
 class Run:
     """What log.txt and run.json in ``folder`` say. Raises OSError where that is no run.
 
-    rows: one dict of finite numbers for each epoch; differs: settings that differ from the
-    published recipe, None where unknown; images: how many train and test images.
+    rows: a dict for each epoch; differs: settings that differ from the published recipe, None
+    where unknown; images: how many train and test images.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, str(folder if folder.name else folder.resolve())
         self.rows, self.notes = [], []
         self.data_set, self.planned, self.differs, self.images = "-", None, None, None
-        self._read_log((folder / "log.txt").read_bytes().splitlines())
+        for line in (folder / "log.txt").read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # half a line, left by a crash
+                self.rows.append(json.loads(line))
         self._read_settings(folder / "run.json")
         self.published, *whole = PUBLISHED.get(self.data_set, (None,))
         self.comparable = bool(whole) and self.differs == [] and self.images == whole
@@ -56,17 +58,6 @@ class Run:
         if whole and self.images != whole:
             self.notes.append(f"not the whole data set: has {self.images[0]} of {whole[0]} train "
                               f"images, {self.images[1]} of {whole[1]} test images")
-
-    def _read_log(self, lines: List[bytes]) -> None:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = {key: value for key, value in json.loads(line).items()
-                       if isinstance(value, (int, float)) and math.isfinite(value)}
-                # An epoch that was trained again after a crash replaces what had followed.
-                epoch = row["epoch"]
-                self.rows = [old for old in self.rows if old["epoch"] < epoch] + [row]
-            except (ValueError, AttributeError, KeyError):
-                self.notes.append(f"log.txt: line {number} of {len(lines)} is damaged, left out")
 
     def _read_settings(self, path: Path) -> None:
         try:
