@@ -3,8 +3,7 @@
 
     python scripts/report.py out/*
 
-The table needs nothing but Python. The picture needs matplotlib: report.png goes into each run's
-folder and, for several runs, comparison.png into --output.
+The table needs nothing but Python, the picture matplotlib: report.png with the curves of all runs.
 """
 import argparse
 import contextlib
@@ -43,7 +42,7 @@ class Run:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.name = folder, str(folder if folder.name else folder.resolve())
+        self.name = str(folder)
         self.rows, self.notes = [], []
         self.data_set, self.planned, self.differs, self.images = "-", None, None, None
         for line in (folder / "log.txt").read_bytes().splitlines():
@@ -136,35 +135,29 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
                         help="--output_dir of a run; what is no run is named and skipped")
     parser.add_argument("--output", default=".", type=Path, metavar="FOLDER",
-                        help="where comparison.png goes for several runs (default: here)")
+                        help="where report.png goes (default: here)")
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):  # not on Windows; else `| head` ends in a traceback
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    runs, skipped = [], []
+    runs, notes = [], []
     for folder in args.folders:
         try:
             runs.append(Run(folder))
         except OSError as error:
-            skipped.append(f"{folder}: not a run, skipped (log.txt: {error.strerror})")
+            notes.append(f"{folder}: not a run, skipped (log.txt: {error.strerror})")
     if not runs:
-        sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(skipped)}")
-    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
-    print(table(runs), LEGEND, *notes, *skipped, sep="\n", flush=True)
-    drawn = [run for run in runs if run.rows]
-    pictures = [(drawn, args.output / "comparison.png")] if len(drawn) > 1 else []
-    unwritten = []
-    for shown, path in pictures + [([run], run.folder / "report.png") for run in drawn]:
-        try:
-            draw(shown, path)
-        except OSError as error:
-            unwritten.append(f"{path}: {error.strerror or error}")
-        except ImportError as error:
-            print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
-            break
-        else:
-            print(f"picture: {path}", flush=True)
-    if unwritten:
-        sys.exit(f"error: cannot write {'; '.join(unwritten)}")
+        sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(notes)}")
+    notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
+    print(table(runs), LEGEND, *notes, sep="\n", flush=True)
+    path = args.output / "report.png"
+    try:
+        draw(runs, path)
+    except OSError as error:
+        sys.exit(f"error: cannot write {path}: {error.strerror or error}")
+    except ImportError as error:
+        print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
+    else:
+        print(f"picture: {path}")
 
 
 if __name__ == "__main__":

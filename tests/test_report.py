@@ -1,8 +1,7 @@
-"""report.py as a process on made-up folders: its table, its notes, its pictures."""
+"""report.py as a process on made-up folders: its table, its notes, its picture."""
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -78,18 +77,17 @@ def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note,
     assert row_of(done, "one") == row.split() and note in done.stdout
 
 
-def test_pictures(tmp_path):
-    """A name that matplotlib would misread, a run without epochs, a folder in a picture's place."""
+def test_one_picture_of_all_runs(tmp_path):
+    """Of a name that matplotlib would misread, and a run without epochs."""
     pytest.importorskip("matplotlib")
-    odd = make_run(tmp_path / "_$odd^$name", epoch_line(0, 10.0), data_set="flowers")
+    make_run(tmp_path / "_$odd^$name", epoch_line(0, 10.0), data_set="flowers")
     make_run(tmp_path / "starting", "")
-    (make_run(tmp_path / "last") / "report.png").mkdir()
-    done = report(odd.name, "starting", "last", "--output", "new/folder", cwd=tmp_path,
-                  without=("torch",))
-    assert str(Path("last", "report.png")) in error_of(done, status=1) and "4 of 4" in done.stdout
-    pictures = [tmp_path / "new/folder/comparison.png", odd / "report.png"]
-    assert sorted(tmp_path.rglob("*.png")) == sorted([*pictures, tmp_path / "last/report.png"])
-    for picture in pictures:
-        with Image.open(str(picture)) as image:
-            image.load()
-            assert image.format == "PNG" and 1300 <= image.width <= 2600
+    names, options = ("_$odd^$name", "starting"), {"cwd": tmp_path, "without": ("torch",)}
+    assert report(*names, "--output", "new/folder", **options).returncode == 0
+    picture = tmp_path / "new/folder/report.png"
+    assert list(tmp_path.rglob("*.png")) == [picture]
+    with Image.open(str(picture)) as image:
+        image.load()
+        assert image.format == "PNG" and 1300 <= image.width <= 2600
+    failed = report(*names, "--output", names[0] + "/log.txt", **options)
+    assert "log.txt" in error_of(failed, status=1) and "1 of 4" in failed.stdout
