@@ -28,10 +28,7 @@ PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss
 STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left",
-         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12,
-         # Okabe and Ito's colours, for colour-blind readers too, without their yellow and black.
-         "axes.prop_cycle": "cycler(linestyle=['-', ':', '-.']) * cycler(color=['0072b2', 'd55e00',"
-                            "'009e73', 'cc79a7', 'e69f00', '56b4e9'])"}
+         "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12}
 
 
 class Run:
@@ -102,24 +99,19 @@ def draw(runs: List[Run], path: Path) -> None:
     """Write a PNG with the curves of one or several runs. Raises ImportError, OSError."""
     from matplotlib import style
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     first, *others = PANELS
-    with style.context(STYLE, after_reset=True):
+    with style.context(["tableau-colorblind10", STYLE], after_reset=True):
         figure = Figure()
         panels = figure.subplot_mosaic([[first, other] for other in others],
                                        gridspec_kw={"width_ratios": (1.8, 1)})
-        _, data_set, epochs, *_ = runs[0].cells()
-        figure.suptitle(f"{len(runs)} runs" if len(runs) > 1 else
-                        f"data set: {data_set}, epochs: {epochs}")
         for key, panel in panels.items():
             for run in runs:
                 epochs, values = run.curve(key)
-                # A name with $...$ would be read as a formula.
-                label = f"best: {run.cells()[3]} %  {run.name[-40:]}".replace("$", r"\$")
+                label = "{1}, best {3} %: ".format(*run.cells()) + run.name[-40:]
                 panel.plot(epochs, values, label=label, marker="." if len(epochs) <= 25 else "")
             panel.set(title=PANELS[key], xlabel="epoch")
-            panel.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+            panel.locator_params(axis="x", integer=True)
         for data_set, accuracy in sorted({(run.data_set, run.published) for run in runs
                                           if run.comparable}):
             panels[first].axhline(accuracy, color="#555555", linestyle="--",
