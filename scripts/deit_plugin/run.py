@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed
 
+from datasets import DATA_SETS
+
 from . import loaders, options, weights
 from .accumulation import Accumulation, batches
 from .errors import UserError, one_line
@@ -30,7 +32,7 @@ class Run:
         self.main, self.args, self.folder, self.start = main, args, folder, start
         self.rank, self.processes = options.rank(), options.processes_of(args)
         self.deit = SimpleNamespace(**vars(main))  # its functions, as they were
-        self.datasets = []  # train, test
+        self.datasets, self.differs = [], [*args.differs]  # train, test; from the recipe
         self.train_loader = self.test_loader = None
         self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
         self.best = {"epoch": None, "test_acc1": -1}  # rank 0's: the best row of log.txt
@@ -77,6 +79,10 @@ class Run:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(one_line(error)) from error
         self.datasets.append(dataset)
+        official = DATA_SETS[args.data_set].images.get(is_train, len(dataset))
+        if len(dataset) != official:
+            self.differs.append(f"{len(dataset)} {'train' if is_train else 'test'} images "
+                                f"(published: {official})")
         if is_train and not args.eval:
             self.steps = loaders.steps_per_epoch(len(dataset), args, self.processes)
         return dataset, classes
@@ -155,10 +161,9 @@ class Run:
         if self.start.epoch:
             self._restore(optimizer, loss_scaler, model_ema)
         if self.rank == 0:
-            train, test = self.datasets
             rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
-                "settings": self.args.settings, "differs": self.args.differs,
-                "train_images": len(train), "test_images": len(test), "classes": train.classes})
+                "settings": self.args.settings, "differs": self.differs,
+                "classes": self.datasets[0].classes})
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
         print(self.plan(), flush=True)
         self.start.state.clear()  # its memory is not needed any more
@@ -198,7 +203,7 @@ class Run:
             f"learning rate: {rate}",
             f"evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(args.save_freq, 'epoch')}, both after the last",
-            f"settings that differ from the published recipe: {', '.join(args.differs) or 'none'}"])
+            f"settings that differ from the published recipe: {', '.join(self.differs) or 'none'}"])
 
     def _check_same_everywhere(self):
         """Machines that were launched differently would train different models, or wait forever."""
