@@ -207,17 +207,14 @@ class Run:
 
     def _check_same_everywhere(self):
         """Machines that were launched differently would train different models, or wait forever."""
-        train, test = map(len, self.datasets)
         text = json.dumps({**self.args.settings, "first epoch": self.start.epoch + 1,
-                           "train images": train, "test images": test}).encode()
+                           "train and test images": [*map(len, self.datasets)]})
         # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
-        own = torch.zeros(2**16, dtype=torch.uint8)
-        own[:len(text)] = torch.tensor(list(text))
-        own = own.to(self.args.device)
+        own = torch.tensor([*text.ljust(2**16).encode()], device=self.args.device)
         everyone = [torch.zeros_like(own) for _ in range(self.processes)]
         torch.distributed.all_gather(everyone, own)
         for rank, its in enumerate(everyone):
-            its = json.loads(bytes(its.tolist()).rstrip(b"\0"))
+            its = json.loads(bytes(its.tolist()))
             differing = options.differing(json.loads(text), its, f"rank {rank}")
             if differing:
                 raise UserError(f"rank {self.rank} has {', '.join(differing)}: type the same on "
