@@ -60,8 +60,8 @@ def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, t
     assert losses[0] == losses[1]
     last = tmp_path / "third" / "checkpoint.pth"
     assert saved(last)["model_ema"] is None
-    assert "--no-model-ema" in error_of(fork("pets", *flags, "--epochs", "5", "--resume", last,
-                                             "--output_dir", tmp_path / "fifth"))
+    flags += ["--epochs", "5", "--resume", last, "--output_dir", tmp_path / "fifth"]
+    assert "--model-ema True (there: False)" in error_of(fork("pets", *flags))
 
 
 @pytest.fixture(scope="module")

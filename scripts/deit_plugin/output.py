@@ -16,9 +16,9 @@ import convert_to_deit
 from . import options, weights
 from .errors import UserError
 
-# Settings that a checkpoint brings along: in its tensors, and with its optimizer's state.
+# Settings that a checkpoint brings along: in its tensors, and with its optimizer and average.
 OF_WEIGHTS = ("model", "input_size")
-OF_STATE = (*OF_WEIGHTS, "opt", "opt_betas", "opt_eps", "momentum", "weight_decay")
+OF_STATE = (*OF_WEIGHTS, "opt", "opt_betas", "opt_eps", "momentum", "weight_decay", "model_ema")
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
 # Where a run begins: a checkpoint and its path, and the first epoch, 0 unless a run goes on.
 Start = namedtuple("Start", "state path epoch")

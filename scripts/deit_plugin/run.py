@@ -158,29 +158,22 @@ class Run:
     # What happens in between
 
     def _begin(self, data_loader, optimizer, loss_scaler, model_ema):
-        if self.start.epoch:
-            self._restore(optimizer, loss_scaler, model_ema)
+        state = self.start.state
+        if self.start.epoch:  # go on as if never stopped, as no commit of DeiT does
+            optimizer.load_state_dict(state["optimizer"])
+            if model_ema is not None:
+                model_ema.ema.load_state_dict(state["model_ema"])
+            if state.get("scaler"):  # DeiT's own of December 2020 has none
+                loss_scaler.load_state_dict(state["scaler"])
         if self.rank == 0:
             rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
                 "settings": self.args.settings, "differs": self.differs,
                 "classes": self.datasets[0].classes})
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
         print(self.plan(), flush=True)
-        self.start.state.clear()  # its memory is not needed any more
+        state.clear()  # its memory is not needed any more
         self.train_loader = loaders.persistent(data_loader, [])  # of batches, anew in each epoch
         self.began = time.monotonic()
-
-    def _restore(self, optimizer, loss_scaler, model_ema):
-        """Go on as if never stopped, as no commit of DeiT does: see README.md's last table."""
-        state = self.start.state
-        if model_ema is not None and not state.get("model_ema"):
-            raise UserError(f"{self.start.path} has no weight average to go on with: pass "
-                            "--no-model-ema, as for the run that wrote it")
-        optimizer.load_state_dict(state["optimizer"])
-        if model_ema is not None:
-            model_ema.ema.load_state_dict(state["model_ema"])
-        if state.get("scaler"):  # DeiT's own of December 2020 has none
-            loss_scaler.load_state_dict(state["scaler"])
 
     def plan(self):
         """What is trained from what and how, in lines."""
