@@ -169,5 +169,5 @@ def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, 
     nothing = fork("pets", *flags, "--check", "--data-path", tmp_path / "gone")
     assert nothing.stdout.splitlines()[-1] == "not ready: 1 problem"
     few = fork("pets", *flags, "--check", "--repeated-aug", "--accum-iter", "8")
-    assert "49 // 256 * 256 train images / 1 process x 8 accumulated = 0" in few.stdout
+    assert "49 // 256 * 256 train images / 8 (processes x --accum-iter) = 0" in few.stdout
     assert few.returncode == 2

@@ -6,7 +6,6 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from .errors import UserError, die_with_parent
-from .options import count
 
 # Seconds. After a collective, a thread of gloo takes and frees Python's locks; a data worker forked
 # at that moment inherits one that nobody frees (Python before 3.12; seen once in 1000 launches).
@@ -46,10 +45,9 @@ def steps_per_epoch(images, args, processes):
     share, whole, advice = -(-images // ranks), images, ""
     if args.repeated_aug:  # samplers.py of DeiT: RASampler
         share, whole = images // 256 * 256 // ranks, f"{images} // 256 * 256"
-        advice = "--no-repeated-aug, "
+        advice = ", or pass --no-repeated-aug"
     if share < args.batch_size:
-        turns = f" x {args.accum_iter} accumulated" if args.accum_iter > 1 else ""
-        raise UserError(f"no whole step in an epoch: {whole} train images / "
-                        f"{count(processes, 'process')}{turns} = {share}, fewer than --batch-size "
-                        f"{args.batch_size}; use {advice}a smaller --batch-size or fewer processes")
+        raise UserError(f"no whole step in an epoch: {whole} train images / {ranks} (processes x "
+                        f"--accum-iter) = {share}, fewer than --batch-size {args.batch_size}: "
+                        f"lower one of the three{advice}")
     return share // args.batch_size
