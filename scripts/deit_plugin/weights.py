@@ -11,14 +11,14 @@ from .errors import UserError
 
 HEAD = ("head.weight", "head.bias")
 LONGEST_REASON = 200  # characters: torch lists every tensor that does not fit
-MOCO_V3_SMALL = {"embed_dim": 384, "num_heads": 12}  # vits.py, vit_small; DeiT's has 6 heads
 
 
 @register_model
 def moco_v3_vit_small_patch16_224(pretrained=False, **kwargs):
-    """MoCo v3's ViT-Small, otherwise DeiT's; ``kwargs`` go to timm's VisionTransformer."""
-    return VisionTransformer(patch_size=16, depth=12, mlp_ratio=4, qkv_bias=True, **MOCO_V3_SMALL,
-                             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **kwargs)
+    """MoCo v3's ViT-Small: DeiT's with 12 heads; ``kwargs`` go to timm's VisionTransformer."""
+    return VisionTransformer(patch_size=16, embed_dim=384, depth=12, num_heads=12, mlp_ratio=4,
+                             qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+                             **kwargs)
 
 
 def read(path):
@@ -62,12 +62,10 @@ def fit(model, weights, path, model_name, head_may_miss=True):
                         f"{len(own.get(HEAD[0], ()))} classes: {reason}{advice}") from error
     # The number of heads shows in no shape: wrong, it loads and computes something else. MoCo v3's
     # fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
-    table, heads = weights.get("pos_embed"), MOCO_V3_SMALL["num_heads"]
-    is_small = is_sine_cosine(table) and table.shape[-1] == MOCO_V3_SMALL["embed_dim"]
-    if is_small and model.blocks[0].attn.num_heads != heads:
-        raise UserError(f"{path} is MoCo v3's ViT-Small with {heads} heads, --model {model_name} "
-                        f"has {model.blocks[0].attn.num_heads}: pass --model "
-                        "moco_v3_vit_small_patch16_224")
+    table, heads = weights.get("pos_embed"), model.blocks[0].attn.num_heads
+    if heads != 12 and is_sine_cosine(table) and table.shape[-1] == 384:
+        raise UserError(f"{path} is MoCo v3's ViT-Small with 12 heads, --model {model_name} has "
+                        f"{heads}: pass --model moco_v3_vit_small_patch16_224")
 
 
 def resample_position_embedding(weights, own):
