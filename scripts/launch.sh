@@ -31,8 +31,8 @@ refuse() {
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
-export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1}
-for number in NPROC_PER_NODE NNODES; do
+export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1} MASTER_PORT=${MASTER_PORT:-29500}
+for number in NPROC_PER_NODE NNODES MASTER_PORT; do
     [[ ${!number} =~ ^[1-9][0-9]*$ ]] || refuse "$number=${!number}: must be a whole number, 1 or more"
 done
 start=("$python" -u "$here/deit_plugin/launcher.py"
@@ -44,9 +44,7 @@ else
         refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
     fi
     [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
-    port=${MASTER_PORT:-29500}
-    [[ $port =~ ^[0-9]+$ ]] || refuse "MASTER_PORT=$port: must be a whole number"
-    start+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port")
+    start+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 fi
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
     --warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10)
