@@ -29,8 +29,7 @@ requeue() {
 # Slurm runs a copy of this file in its spool folder, but knows the path that was submitted.
 submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
 scripts=${submitted%%/slurm.sh*}
-[[ -e $scripts/launch.sh ]] || refuse "no launch.sh beside what was submitted, '$submitted'"
-[[ -e $scripts/${1:-}.sh ]] || refuse "no recipe '${1:-}': pass cifar10, cifar100, flowers or pets"
+[[ -e $scripts/${1:-}.sh ]] || refuse "no $scripts/${1:-}.sh: pass pets or another recipe"
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NNODES=$SLURM_NNODES MASTER_ADDR=${nodes%%$'\n'*}

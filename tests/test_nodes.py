@@ -124,9 +124,9 @@ def test_slurm_job_that_ends_early_is_requeued_only_if_preempted(preempted, slur
 
 
 @pytest.mark.parametrize("arguments, variables, says", [
-    (["dogs"], {}, "'dogs'"), (["pets", "--overwrite"], {}, "--overwrite"),
+    (["dogs"], {}, "/dogs.sh"), (["pets", "--overwrite"], {}, "--overwrite"),
     (["pets"], {"SLURM_JOB_ID": None}, "no Slurm job"),
-    (["pets"], {"SUBMITTED": "/elsewhere/slurm.sh"}, "/elsewhere/slurm.sh"),
+    (["pets"], {"SUBMITTED": "/elsewhere/slurm.sh"}, "/elsewhere/pets.sh"),
 ])
 def test_slurm_job_that_cannot_run_says_why(arguments, variables, says, slurm, tmp_path):
     done = end_of(slurm(*arguments, **variables))
