@@ -43,7 +43,6 @@ def parse(main, data_sets, arguments):
     for name in ("resume", "output_dir", "data_path"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.pretrained, args.resume = args.resume, ""
-    args.dist_eval = False  # DeiT warns that it counts images twice; here none is
     _refuse_what_cannot_work(args)
     args.settings = _settings(args, processes_of(args))
     args.differs = ["no recipe of scripts/"]
