@@ -12,16 +12,12 @@ import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import List, Optional, Tuple
 
 # Accuracy in %, by the table in MoCo v3's transfer/README.md.
 PUBLISHED = {"cifar10": 98.9, "cifar100": 90.5, "flowers": 97.7, "pets": 93.2}
 COLUMNS = ("run", "data set", "epochs", "best %", "last %", "published %", "vs. published",
            "training time")
-LEGEND = """
-published: by MoCo v3's authors, not run here: ViT-Base, 300 epochs of pre-training, 100 of
-           fine-tuning; compared only with finished runs of that recipe on the whole data set
-"""
+LEGEND = "\npublished: by MoCo v3's authors, not run here; compared with whole runs of the recipe\n"
 PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss",
           "train_lr": "Learning rate"}
 STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
@@ -36,7 +32,7 @@ class Run:
     rows: a dict for each epoch; differs: what differs from the published recipe.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.name, self.rows = str(folder), []
         for line in (folder / "log.txt").read_bytes().splitlines():
             with contextlib.suppress(ValueError):  # half a line, left by a crash
@@ -49,12 +45,12 @@ class Run:
         self.differs, self.published = about["differs"], PUBLISHED.get(self.data_set)
         self.comparable = self.published and not self.differs
 
-    def curve(self, key: str) -> Tuple[List[int], List[float]]:
+    def curve(self, key):
         """Epochs, counted from 1, that logged ``key``, and its values."""
         rows = [row for row in self.rows if key in row]
         return [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
 
-    def cells(self) -> List[str]:
+    def cells(self):
         """The run's row of the table: a text for each of COLUMNS."""
         accuracies = self.curve("test_acc1")[1] or [None]
         best, done = max(accuracies), self.rows[-1]["epoch"] + 1 if self.rows else 0
@@ -66,12 +62,12 @@ class Run:
                 str(timedelta(seconds=round(seconds))) if seconds else "-"]
 
 
-def number(value: Optional[float], form: str = ".2f") -> str:
+def number(value, form=".2f"):
     """The number as text, "-" for None."""
     return "-" if value is None else format(value, form)
 
 
-def table(runs: List[Run]) -> str:
+def table(runs):
     """A line for each run under COLUMNS; numbers stand to the right."""
     rows = [COLUMNS, *(run.cells() for run in runs)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -80,7 +76,7 @@ def table(runs: List[Run]) -> str:
                                in zip(row, sides, widths)) for row in rows)
 
 
-def draw(runs: List[Run], path: Path) -> None:
+def draw(runs, path):
     """Write a PNG with the curves of one or several runs. Raises ImportError, OSError."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -106,7 +102,7 @@ def draw(runs: List[Run], path: Path) -> None:
         figure.savefig(str(path))
 
 
-def main() -> None:
+def main():
     """Print the table and its notes, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
