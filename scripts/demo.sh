@@ -38,4 +38,4 @@ scripts/flowers.sh --resume "$demo/converted.pth" --data-path "$demo/flowers" \
     --eval-freq 1 --num_workers 1
 
 step "Result (chance is $((100 / classes)) %)"
-"$PYTHON" scripts/report.py "$demo/run" --output "$demo"
+"$PYTHON" scripts/report.py "$demo/run"

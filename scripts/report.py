@@ -3,7 +3,8 @@
 
     python scripts/report.py out/*
 
-The table needs nothing but Python, the picture matplotlib: report.png with the curves of all runs.
+The table needs nothing but Python, the picture matplotlib: it shows the curves of all runs and is
+report.png in the folder of the first.
 """
 import argparse
 import contextlib
@@ -98,7 +99,6 @@ def draw(runs, path):
             panels[first].axhline(accuracy, color="#555555", linestyle="--",
                                   label=f"published for {data_set}: {accuracy} %")
         panels[first].legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(str(path))
 
 
@@ -107,8 +107,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
                         help="--output_dir of a run; what is no run is named and skipped")
-    parser.add_argument("--output", default=".", type=Path, metavar="FOLDER",
-                        help="where report.png goes (default: here)")
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):  # not on Windows; else `| head` ends in a traceback
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -123,7 +121,7 @@ def main():
     notes += [f"{run.name}: settings differ from the published recipe: {', '.join(run.differs)}"
               for run in runs if run.differs]
     print(table(runs), LEGEND, *notes, sep="\n", flush=True)
-    path = args.output / "report.png"
+    path = Path(runs[0].name, "report.png")
     try:
         draw(runs, path)
     except OSError as error:
