@@ -82,10 +82,6 @@ def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
         dataset = _download(data_set, root, build)
     if hasattr(dataset, "loader"):  # it reads a file for each image
         dataset.loader = functools.partial(_read_image, dataset.loader)
-    official = data_set.images.get(is_train, len(dataset))
-    if len(dataset) != official:
-        warnings.warn(f"{root} contains {len(dataset)} {'train' if is_train else 'test'} images; "
-                      f"the official data set has {official}", stacklevel=2)
     return dataset, len(dataset.classes)
 
 

@@ -26,9 +26,7 @@ import published
 from oxford_flowers_dataset import Flowers
 from oxford_pets_dataset import Pets
 
-# Small sets are meant to warn about their number of images.
-pytestmark = [pytest.mark.filterwarnings("ignore:.*official data set"),
-              pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture
@@ -76,14 +74,6 @@ def test_random_erasing_after_normalisation():
     erased = [(datasets.build_transform(is_train, args)(image) == 0).any()
               for is_train in (True, False)]
     assert erased == [True, False]
-
-
-@pytest.mark.parametrize("name, train, text", [
-    ("flowers", True, "49 train images.* 2040"), ("pets", False, "21 test images.* 3669")])
-def test_cut_down_sets_warn_once(data, name, train, text):
-    with pytest.warns(UserWarning, match=text) as warned:
-        build(name, data / name, train)
-    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("name, file, content, words", [
