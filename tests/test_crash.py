@@ -54,7 +54,8 @@ def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
     assert own.read_bytes() == before
 
     own.write_bytes(before[:-5000])
-    assert str(own) in error_of(fork("pets", *flags))
+    damaged = error_of(fork("pets", *flags))
+    assert str(own) in damaged and "--overwrite" in damaged
     train("pets", *flags, "--weight-decay", "0.3", "--epochs", "1", "--overwrite")
     assert [row["epoch"] for row in log_of(run)] == [0]
     own.unlink()

@@ -69,7 +69,11 @@ class RunFolder:
         if not path:
             raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under "
                             "--eval a checkpoint of a run")
-        state = weights.read(path)
+        try:
+            state = weights.read(path)
+        except UserError as error:
+            anew = "; or pass --overwrite to start anew" if continues else ""
+            raise UserError(f"{error}{anew}") from None
         before, advice = state.get("settings", {}), "pass its own"  # plain DeiT notes none
         names = OF_WEIGHTS if args.eval else OF_STATE
         if continues:

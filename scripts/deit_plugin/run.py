@@ -57,9 +57,9 @@ class Run:
             if self.trained:  # and so it is none
                 raise
             place = traceback.extract_tb(error.__traceback__)[-1]
-            flags = shlex.join(sys.argv).partition(options.YOUR_FLAGS)[2]
+            flags = shlex.join(sys.argv[1:]).split(options.YOUR_FLAGS)[-1].strip()
             raise UserError(f"{one_line(error)} ({place.filename}, line {place.lineno}): look for "
-                            f"the cause in your flags,{flags}") from error
+                            f"the cause in your flags, {flags}") from error
         if self.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path
