@@ -32,20 +32,19 @@ refuse() {
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
 export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1} MASTER_PORT=${MASTER_PORT:-29500}
+if [[ $NNODES == 1 ]]; then # what the environment says is for several machines
+    NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + RANDOM % 20000))
+fi
 for number in NPROC_PER_NODE NNODES MASTER_PORT; do
     [[ ${!number} =~ ^[1-9][0-9]*$ ]] || refuse "$number=${!number}: must be a whole number, 1 or more"
 done
-start=("$python" -u "$here/deit_plugin/launcher.py"
-    --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES")
-if [[ $NNODES == 1 ]]; then # a port of its own: what the environment says is for several machines
-    start+=(--master_port $((10000 + RANDOM % 20000)))
-else
-    if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
-        refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
-    fi
-    [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
-    start+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
+    refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
 fi
+[[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
+start=("$python" -u "$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE"
+    --nnodes "$NNODES" --node_rank "$NODE_RANK"
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
     --warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10)
 
