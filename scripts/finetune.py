@@ -20,12 +20,12 @@ def main():
         sys.exit(check.report(deit, args))
     options.check_gpus(args)
     folder = output.RunFolder(args)
-    if options.rank() == 0 and not args.eval:
+    if args.rank == 0 and not args.eval:
         folder.claim()
     start = folder.find_start(args)
     if start.epoch < args.epochs:
         Run(deit, args, folder, start).train()
-    elif options.rank() == 0:
+    elif args.rank == 0:
         print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
               "it to --resume, with more --epochs and another --output_dir")
 

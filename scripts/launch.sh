@@ -31,7 +31,7 @@ refuse() {
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
-export NPROC_PER_NODE=${NPROC_PER_NODE:-8} NNODES=${NNODES:-1} MASTER_PORT=${MASTER_PORT:-29500}
+: "${NPROC_PER_NODE:=8}" "${NNODES:=1}" "${MASTER_PORT:=29500}"
 if [[ $NNODES == 1 ]]; then # what the environment says is for several machines
     NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + RANDOM % 20000))
 fi
@@ -42,7 +42,9 @@ if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
     refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
 fi
 [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
-start=("$python" -u "$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE"
+alone=(env "NPROC_PER_NODE=$NPROC_PER_NODE" "WORLD_SIZE=$((NPROC_PER_NODE * NNODES))"
+    ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} "$python" -u)
+start=("${alone[@]}" "$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE"
     --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
@@ -51,15 +53,14 @@ run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;
-        --all-flags) start=("$python" -u); run=("$here/finetune.py" --help); break ;;
+        --all-flags) start=("${alone[@]}"); run=("$here/finetune.py" --help); break ;;
         --dry-run) dry_run=yes ;;
-        --check) start=("$python" -u); run+=(--check) ;; # one process looks ahead to NPROC_PER_NODE
+        --check) start=("${alone[@]}"); run+=(--check) ;; # one process looks ahead to WORLD_SIZE
         *) run+=("$argument") ;;
     esac
 done
 if [[ -n ${dry_run:-} ]]; then
-    printf '%q ' env "NPROC_PER_NODE=$NPROC_PER_NODE" "NNODES=$NNODES" \
-        ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} "${start[@]}" "${run[@]}"
+    printf '%q ' "${start[@]}" "${run[@]}"
     echo
     exit 0
 fi

@@ -110,9 +110,10 @@ def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, altered="", alon
     words = shlex.split(done.stdout)
     start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
     alone = alone or "--nnodes" not in words[:start]  # as with --check
+    said = dict(word.split("=", 1) for word in words[1:start] if "=" in word)  # after env
     return forked.run(ROOT / "tests" / script if script else words[start], words[start + 1:],
-                      environment(**variables), 0 if alone else variables.get("processes", 1),
-                      altered)
+                      {**environment(**variables), **said},
+                      0 if alone else variables.get("processes", 1), altered)
 
 
 def train(recipe, *flags, **options):

@@ -7,15 +7,16 @@ import itertools
 from torch.utils.data import BatchSampler, DistributedSampler
 
 
-def batches(loader, rank, processes, accum_iter, epoch):
+def batches(loader, args, epoch):
     """Of indices, for an epoch: what N ranks of DeiT's sampler would give to each step."""
     has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
     kind = type(loader.sampler) if has_ranks else DistributedSampler
-    samplers = [kind(loader.dataset, num_replicas=processes * accum_iter,
-                     rank=rank * accum_iter + turn, shuffle=True) for turn in range(accum_iter)]
-    for sampler in samplers:
+    ranks = []
+    for turn in range(args.accum_iter):
+        sampler = kind(loader.dataset, num_replicas=args.world_size * args.accum_iter,
+                       rank=args.rank * args.accum_iter + turn, shuffle=True)
         sampler.set_epoch(epoch)
-    ranks = [BatchSampler(sampler, loader.batch_size, True) for sampler in samplers]
+        ranks.append(BatchSampler(sampler, loader.batch_size, True))
     return itertools.chain.from_iterable(zip(*ranks))
 
 

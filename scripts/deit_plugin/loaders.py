@@ -30,18 +30,18 @@ def persistent(loader, batches, generator=None):
         persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent)
 
 
-def evaluation(loader, rank, processes):
+def evaluation(loader, args):
     """The share of one process: every image is in exactly one share, none twice.
 
     Its workers are seeded apart from training, which is thus the same for any --eval-freq.
     """
-    share = BatchSampler(range(rank, len(loader.dataset), processes), loader.batch_size, False)
-    return persistent(loader, share, torch.Generator())
+    share = range(args.rank, len(loader.dataset), args.world_size)
+    return persistent(loader, BatchSampler(share, loader.batch_size, False), torch.Generator())
 
 
-def steps_per_epoch(images, args, processes):
+def steps_per_epoch(images, args):
     """Optimizer steps of an epoch, without partial batches, as in DeiT; UserError if none."""
-    ranks = processes * args.accum_iter
+    ranks = args.world_size * args.accum_iter
     share, whole, advice = -(-images // ranks), images, ""
     if args.repeated_aug:  # samplers.py of DeiT: RASampler
         share, whole = images // 256 * 256 // ranks, f"{images} // 256 * 256"

@@ -15,8 +15,8 @@ PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README
 # What does not change what is learnt; all else makes up the settings of a run.
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
-    "dist_url", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter", "eval",
-    "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check"}
+    "dist_url", "rank", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter",
+    "eval", "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,14 +43,16 @@ def parse(main, data_sets, arguments):
     for name in ("resume", "output_dir", "data_path"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.pretrained, args.resume = args.resume, ""
+    args.rank = int(os.environ.get("RANK", 0))  # as DeiT's main does, but for --check
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     _refuse_what_cannot_work(args)
-    args.settings = _settings(args, processes_of(args))
+    args.settings = _settings(args)
     args.differs = ["no recipe of scripts/"]
     if YOUR_FLAGS in arguments:
         recipe = parser.parse_args(arguments[:arguments.index(YOUR_FLAGS)])
         recipe.seed, recipe.pretrained = args.seed, args.pretrained  # are no recipe's
-        published = _settings(recipe, PUBLISHED_PROCESSES)
-        args.differs = differing(args.settings, published, "published")
+        recipe.world_size = PUBLISHED_PROCESSES
+        args.differs = differing(args.settings, _settings(recipe), "published")
     if not getattr(args, "unscale_lr", False):
         args.lr *= args.accum_iter  # DeiT knows of the processes and the batch size
     return args
@@ -76,18 +78,6 @@ def _parser(main, data_sets):
             ("--check", "check what a launch needs, and every image; train nothing")):
         ours.add_argument(name, action="store_true", help=text)
     return parser
-
-
-def rank():
-    """This process's rank, as torch's launcher tells."""
-    return int(os.environ.get("RANK", 0))
-
-
-def processes_of(args):
-    """The number of processes: of this launch, or of the one that --check looks ahead to."""
-    if args.check:
-        return int(os.environ.get("NPROC_PER_NODE", 1)) * int(os.environ.get("NNODES", 1))
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _refuse_what_cannot_work(args):
@@ -133,9 +123,9 @@ def flag(name):
     return "--" + (name if name in ("num_workers", "start_epoch") else name.replace("_", "-"))
 
 
-def _settings(args, processes):
+def _settings(args):
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings["effective_batch_size"] = processes * args.batch_size * args.accum_iter
+    settings["effective_batch_size"] = args.world_size * args.batch_size * args.accum_iter
     settings["pretrained_file"] = os.path.basename(args.pretrained)
     return settings
 
@@ -149,10 +139,10 @@ def differing(settings, others, whose):
 
 def batch_size_in_words(args):
     """How the effective batch size comes about, and what would restore the published one."""
-    processes, size = processes_of(args), args.settings["effective_batch_size"]
+    size = args.settings["effective_batch_size"]
     accumulated = f" x {args.accum_iter} accumulated" if args.accum_iter > 1 else ""
-    text = f"{size} = {count(processes, 'process')} x {args.batch_size} images{accumulated}"
-    restoring, rest = divmod(PUBLISHED_BATCH_SIZE, processes * args.batch_size)
+    text = f"{size} = {count(args.world_size, 'process')} x {args.batch_size} images{accumulated}"
+    restoring, rest = divmod(PUBLISHED_BATCH_SIZE, args.world_size * args.batch_size)
     if size != PUBLISHED_BATCH_SIZE and not rest:
         text += f" (--accum-iter {restoring} restores the published {PUBLISHED_BATCH_SIZE})"
     return text

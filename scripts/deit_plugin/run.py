@@ -30,7 +30,6 @@ class Run:
 
     def __init__(self, main, args, folder, start):
         self.main, self.args, self.folder, self.start = main, args, folder, start
-        self.rank, self.processes = options.rank(), options.processes_of(args)
         self.deit = SimpleNamespace(**vars(main))  # its functions, as they were
         self.datasets, self.differs = [], [*args.differs]  # train, test; from the recipe
         self.train_loader = self.test_loader = None
@@ -45,7 +44,7 @@ class Run:
         self.main.print = lambda *_: None  # says what this bundle says, too, and all arguments
         self.args.start_epoch = self.start.epoch
         # Else the augmentation of the first epochs would be drawn again.
-        self.args.seed += self.processes * self.start.epoch
+        self.args.seed += self.args.world_size * self.start.epoch
         try:
             self.main.main(self.args)
         except SystemExit as stop:
@@ -60,7 +59,7 @@ class Run:
             flags = shlex.join(sys.argv[1:]).split(options.YOUR_FLAGS)[-1].strip()
             raise UserError(f"{one_line(error)} ({place.filename}, line {place.lineno}): look for "
                             f"the cause in your flags, {flags}") from error
-        if self.rank == 0 and not self.args.eval:
+        if self.args.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path
             print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
@@ -84,7 +83,7 @@ class Run:
             self.differs.append(f"{len(dataset)} {'train' if is_train else 'test'} images "
                                 f"(published: {official})")
         if is_train and not args.eval:
-            self.steps = loaders.steps_per_epoch(len(dataset), args, self.processes)
+            self.steps = loaders.steps_per_epoch(len(dataset), args)
         return dataset, classes
 
     def create_model(self, name, **kwargs):
@@ -115,11 +114,10 @@ class Run:
         """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
         if self.train_loader is None:
             self._begin(data_loader, optimizer, loss_scaler, model_ema)
-        elif self.rank == 0:
+        elif self.args.rank == 0:
             self._commit()
         began = time.monotonic()
-        self.train_loader.batch_sampler[:] = batches(
-            data_loader, self.rank, self.processes, self.args.accum_iter, epoch)
+        self.train_loader.batch_sampler[:] = batches(data_loader, self.args, epoch)
         steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
                              self.args.accum_iter)
         stats = self.deit.train_one_epoch(model, criterion, steps, steps, device, epoch, steps,
@@ -144,7 +142,7 @@ class Run:
             self._say_progress()
             return Counter()  # nothing for log.txt, and for DeiT an acc1 of 0
         if self.test_loader is None:
-            self.test_loader = loaders.evaluation(data_loader, self.rank, self.processes)
+            self.test_loader = loaders.evaluation(data_loader, self.args)
         stats = evaluate(model, self.test_loader, device)
         accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
         if self.args.eval:
@@ -165,7 +163,7 @@ class Run:
                 model_ema.ema.load_state_dict(state["model_ema"])
             if state.get("scaler"):  # DeiT's own of December 2020 has none
                 loss_scaler.load_state_dict(state["scaler"])
-        if self.rank == 0:
+        if self.args.rank == 0:
             rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
                 "settings": self.args.settings, "differs": self.differs,
                 "classes": self.datasets[0].classes})
@@ -204,14 +202,14 @@ class Run:
                            "train and test images": [*map(len, self.datasets)]})
         # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
         own = torch.tensor([*text.ljust(2**16).encode()], device=self.args.device)
-        everyone = [torch.zeros_like(own) for _ in range(self.processes)]
+        everyone = [torch.zeros_like(own) for _ in range(self.args.world_size)]
         torch.distributed.all_gather(everyone, own)
         for rank, its in enumerate(everyone):
             its = json.loads(bytes(its.tolist()))
             differing = options.differing(json.loads(text), its, f"rank {rank}")
             if differing:
-                raise UserError(f"rank {self.rank} has {', '.join(differing)}: type the same on "
-                                "all machines, with the same data and one shared --output_dir")
+                raise UserError(f"rank {self.args.rank} has {', '.join(differing)}: type the same "
+                                "on all machines, with the same data and one shared --output_dir")
 
     def _is_due(self, every):
         """Whether what is done every ``every`` epochs and after the last is due."""
