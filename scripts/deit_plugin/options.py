@@ -102,18 +102,15 @@ def _refuse_what_cannot_work(args):
 
 def check_gpus(args):
     """Say which GPUs there are; this machine must have as many as processes."""
-    if args.device == "cpu":
-        return "on the CPU"
     # Newer torch counts GPUs also where its CUDA is too new for the driver.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = int(os.environ.get("NPROC_PER_NODE", 1))
-    if wanted <= gpus:
-        return f"{wanted} of {count(gpus, 'GPU')}"
-    if args.check and not gpus:  # as on the machine that one logs in to
-        return "this machine has none, so they were not counted"
-    advice = "set NPROC_PER_NODE to that, or " if gpus else ""
-    raise UserError(f"NPROC_PER_NODE={wanted}: torch can use {count(gpus, 'GPU')} of this machine; "
-                    f"{advice}pass --device cpu to rehearse")
+    found = f"NPROC_PER_NODE={wanted}: torch can use {count(gpus, 'GPU')} of this machine"
+    looks_ahead = args.check and not gpus  # as on the machine that one logs in to
+    if args.device == "cuda" and wanted > gpus and not looks_ahead:
+        advice = "set NPROC_PER_NODE to that, or " if gpus else ""
+        raise UserError(f"{found}; {advice}pass --device cpu to rehearse")
+    return f"{found}, --device {args.device}"
 
 
 def flag(name):
