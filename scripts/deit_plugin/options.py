@@ -84,11 +84,11 @@ def _refuse_what_cannot_work(args):
     """What would be misused without a word; other values are for DeiT, timm and torch to refuse."""
     for name in ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"):
         if getattr(args, name) < 1:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must be 1 or more")
-    for name, unused in (("start_epoch", 0), ("finetune", ""), ("distillation_type", "none")):
-        value = getattr(args, name, unused)
+            raise UserError(f"{flag_of(name)} {getattr(args, name)}: must be 1 or more")
+    for flag, unused in (("--start_epoch", 0), ("--finetune", ""), ("--distillation-type", "none")):
+        value = vars(args).get(flag[2:].replace("-", "_"), unused)
         if value != unused:
-            raise UserError(f"{flag(name)} {value} is not supported: --resume takes the converted "
+            raise UserError(f"{flag} {value} is not supported: --resume takes the converted "
                             "checkpoint, or one of a run to go on from")
     for wrong, message in (
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
@@ -113,11 +113,9 @@ def check_gpus(args):
     return f"{found}, --device {args.device}"
 
 
-def flag(name):
-    """The flag of an argument's name, as DeiT spells it; words are left as they are."""
-    if " " in name:
-        return name
-    return "--" + (name if name in ("num_workers", "start_epoch") else name.replace("_", "-"))
+def flag_of(name):
+    """The flag of a setting, as DeiT spells it; words are left as they are."""
+    return name if " " in name else "--" + name.replace("_", "-")
 
 
 def _settings(args):
@@ -130,7 +128,7 @@ def _settings(args):
 def differing(settings, others, whose):
     """What differs from others' settings, each as 'flag value (whose: other value)'."""
     flags = {"effective_batch_size": "effective batch size", "pretrained_file": "--resume"}
-    return [f"{flags.get(name, flag(name))} {settings.get(name)} ({whose}: {other})"
+    return [f"{flags.get(name) or flag_of(name)} {settings.get(name)} ({whose}: {other})"
             for name, other in others.items() if settings.get(name) != other]
 
 
