@@ -20,10 +20,9 @@ class UserError(Exception):
 
 def guard(run):
     """Call ``run()``; if it fails, say why in one line and end the process with its status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++, waiting for other processes, heeds no other
     try:
         run()
-    except KeyboardInterrupt:
-        _end(130)
     except UserError as error:
         _fail(f"error: {error}", REFUSED)
     except ImportError as error:

@@ -15,7 +15,6 @@ from deit_plugin import errors  # noqa: E402
 
 def main():
     """Run torch's launcher on this script's arguments; exit as the first process that failed."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++, waiting for other machines, heeds no other
     os.environ[errors.LAUNCHER] = str(os.getpid())
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
