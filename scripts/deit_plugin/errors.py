@@ -29,7 +29,9 @@ def guard(run):
         _fail(f"error: {error}; type {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
-        _fail(f"error: {line}" if line else traceback.format_exc(), 1, may_be_lost_peer=not line)
+        if line is None:  # if a peer was killed, the launcher says so and ends this process
+            time.sleep(NOTICES)
+        _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
 def die_with_parent(*_):
@@ -73,7 +75,7 @@ def _known_cause(error):
     return None
 
 
-def _fail(text, status, may_be_lost_peer=False):
+def _fail(text, status):
     """Print the text, if no other process of this machine has failed before, and exit."""
     if FIRST_FAILURE in os.environ:
         try:
@@ -82,8 +84,6 @@ def _fail(text, status, may_be_lost_peer=False):
             _end(status)
         except OSError:  # the launcher is gone, and its folder with it, or that disk is full
             pass
-        if may_be_lost_peer:
-            time.sleep(NOTICES)  # if a peer was killed, the launcher says so and ends this process
     sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all but rank 0
     _end(status)
 
