@@ -11,7 +11,6 @@ LAUNCHER = "FINETUNE_LAUNCHER_PID"  # set by launcher.py for its processes, like
 FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first to fail creates
 REFUSED = 2  # exit status before training, as argparse has it; later it is 1
 NOTICES = 4.0  # seconds in which the launcher notices a killed process and ends the others
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class UserError(Exception):
@@ -41,7 +40,7 @@ def die_with_parent(*_):
     collective heeds no signal handler of Python's.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG of prctl.h
 
 
 def die_with_launcher():
@@ -68,10 +67,8 @@ def _known_cause(error):
                 "--num_workers; in a container, enlarge /dev/shm")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full: {error.filename or last}: make room and launch again"
-    if isinstance(error, FloatingPointError):  # of the loss, see Run.train
-        return last
-    if isinstance(error, OSError):  # a data worker's arrives with its whole traceback
-        return last.split("OSError: ")[-1]
+    if isinstance(error, (OSError, FloatingPointError)):  # the loss's, see Run.train
+        return last.split("OSError: ")[-1]  # a data worker's arrives with its whole traceback
     return None
 
 
