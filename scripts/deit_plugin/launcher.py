@@ -24,7 +24,7 @@ def main():
 
 
 def launch(folder):
-    """Start the processes, with torch's own files in ``folder``; returns the exit status."""
+    """Start the processes, with torch's own files in ``folder``; returns what sys.exit takes."""
     try:
         from torch.distributed.run import main as launch_torch
 
@@ -34,8 +34,7 @@ def launch(folder):
 
         sys.argv[1:1] = ["--use_env"]
     try:
-        launch_torch()
-        return 0
+        return launch_torch()
     except subprocess.CalledProcessError as error:  # before torch 1.9
         who, status = "a process", error.returncode
     except Exception as error:
