@@ -19,7 +19,7 @@ from .errors import UserError, one_line
 from .evaluation import evaluate
 from .options import count
 
-STAND_INS = ("build_dataset", "create_model", "train_one_epoch", "evaluate", "get_state_dict")
+STAND_INS = ("build_dataset", "create_model", "train_one_epoch", "evaluate")
 
 
 class Run:
@@ -42,6 +42,8 @@ class Run:
             setattr(self.main, name, getattr(self, name))
         self.main.utils.save_on_master = self.save_on_master
         self.main.print = lambda *_: None  # says what this bundle says, too, and all arguments
+        # DeiT saves the weight average also where --no-model-ema left it out, and crashes.
+        self.main.get_state_dict = lambda average: average and self.deit.get_state_dict(average)
         self.args.start_epoch = self.start.epoch
         # Else the augmentation of the first epochs would be drawn again.
         self.args.seed += self.args.world_size * self.start.epoch
@@ -131,10 +133,6 @@ class Run:
         Where is not for DeiT to say: HEAD's best accuracy knows only the epochs of this launch.
         """
         self.trained.update(state)
-
-    def get_state_dict(self, model):
-        """DeiT saves the weight average also where ``--no-model-ema`` left it out, and crashes."""
-        return None if model is None else self.deit.get_state_dict(model)
 
     def evaluate(self, data_loader, model, device):
         """When due, over all processes; says how far the run is."""
