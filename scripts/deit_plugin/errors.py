@@ -67,7 +67,7 @@ def _known_cause(error):
                 "--num_workers; in a container, enlarge /dev/shm")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full: {error.filename or last}: make room and launch again"
-    if isinstance(error, (OSError, FloatingPointError)):  # the loss's, see Run.train
+    if isinstance(error, (OSError, FloatingPointError)):  # the loss's, see Run.train_one_epoch
         return last.split("OSError: ")[-1]  # a data worker's arrives with its whole traceback
     return None
 

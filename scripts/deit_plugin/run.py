@@ -49,11 +49,6 @@ class Run:
         self.args.seed += self.args.world_size * self.start.epoch
         try:
             self.main.main(self.args)
-        except SystemExit as stop:
-            if stop.code != 1:  # which DeiT has one reason for, at any commit
-                raise
-            raise FloatingPointError("the loss is not finite, so DeiT stopped: pass a smaller "
-                                     "--lr, and look at the data with --check") from stop
         except (AssertionError, ValueError) as error:  # as timm and torch refuse a flag's value
             if self.trained:  # and so it is none
                 raise
@@ -122,8 +117,12 @@ class Run:
         self.train_loader.batch_sampler[:] = batches(data_loader, self.args, epoch)
         steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
                              self.args.accum_iter)
-        stats = self.deit.train_one_epoch(model, criterion, steps, steps, device, epoch, steps,
-                                          max_norm, model_ema and steps, *mixup_fn, **kwargs)
+        try:
+            stats = self.deit.train_one_epoch(model, criterion, steps, steps, device, epoch, steps,
+                                              max_norm, model_ema and steps, *mixup_fn, **kwargs)
+        except SystemExit as stop:  # which DeiT has one reason for, at any commit
+            raise FloatingPointError("the loss is not finite, so DeiT stopped: pass a smaller "
+                                     "--lr, and look at the data with --check") from stop
         self.trained = {"epoch": epoch, "scaler": loss_scaler.state_dict()}  # not in 1d38fa4's
         return {**stats, "seconds": round(time.monotonic() - began, 2)}
 
