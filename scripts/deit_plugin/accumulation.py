@@ -34,22 +34,20 @@ class Accumulation:
 
     def __iter__(self):
         for index, batch in enumerate(self.loader):
-            self.is_first = index % self.accum_iter == 0
             self.is_last = (index + 1) % self.accum_iter == 0
             # What DistributedDataParallel.no_sync() sets, too; other models ignore it.
             self.model.require_backward_grad_sync = self.is_last
             yield batch
 
     def zero_grad(self):
-        """Of the optimizer: before the first batch of a step only."""
-        if self.is_first:
-            self.optimizer.zero_grad()
+        """Of the optimizer: done after each step, not before each batch."""
 
     def __call__(self, loss, optimizer, create_graph=False, **options):
         """Of timm's NativeScaler: it steps after the last batch only."""
         loss = loss / self.accum_iter
         if self.is_last:
             self.scaler(loss, self.optimizer, create_graph=create_graph, **options)
+            self.optimizer.zero_grad()
         else:  # timm before 0.9 cannot do the first half alone
             self.scaler._scaler.scale(loss).backward(create_graph=create_graph)
 
