@@ -1,6 +1,5 @@
 """DeiT's data loaders, with workers that last and each test image in one process only."""
 import time
-import warnings
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
@@ -10,8 +9,6 @@ from .errors import UserError, die_with_parent
 # Seconds. After a collective, a thread of gloo takes and frees Python's locks; a data worker forked
 # at that moment inherits one that nobody frees (Python before 3.12; seen once in 1000 launches).
 SETTLING = 0.05
-# torch before 1.9 pins memory in a thread that ends when workers go on to a second epoch.
-CAN_PIN = hasattr(torch, "inference_mode")  # which is new in 1.9
 
 
 def persistent(loader, batches, generator=None):
@@ -20,13 +17,10 @@ def persistent(loader, batches, generator=None):
     Its workers live as long as it is referred to, and a worker's random state goes on from one
     epoch to the next; DeiT's own start their workers anew for every epoch.
     """
-    if loader.pin_memory and not CAN_PIN:
-        warnings.warn("--pin-mem has no effect: torch before 1.9 cannot pin memory for data "
-                      "workers that last", stacklevel=2)
     time.sleep(SETTLING)
     return DataLoader(
         loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
-        pin_memory=loader.pin_memory and CAN_PIN, collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
         persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent)
 
 

@@ -5,6 +5,7 @@ Only ``parse`` changes DeiT's args, but for ``start_epoch`` and ``seed``, which 
 import argparse
 import difflib
 import os
+import warnings
 
 import torch
 
@@ -45,6 +46,9 @@ def parse(main, data_sets, arguments):
     args.pretrained, args.resume = args.resume, ""
     args.rank = int(os.environ.get("RANK", 0))  # as DeiT's main does, but for --check
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.pin_mem and not hasattr(torch, "inference_mode"):  # which is new in 1.9
+        args.pin_mem = False  # its thread would end before a second epoch of the same workers
+        warnings.warn("--pin-mem has no effect: it takes torch 1.9 or newer", stacklevel=1)
     _refuse_what_cannot_work(args)
     args.settings = _settings(args)
     args.differs = ["no recipe of scripts/"]
