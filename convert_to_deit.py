@@ -268,8 +268,8 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     return prefixes[0]
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """The command line. Returns the exit status, 0, or 1 with a line on stderr."""
+def main(argv: Optional[List[str]] = None) -> None:
+    """The command line. Raises SystemExit with a line that says why nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, type=os.path.expanduser, metavar="PATH",
                         help="checkpoint of MoCo v3 (.pth.tar or .safetensors)")
@@ -284,21 +284,17 @@ def main(argv: Optional[List[str]] = None) -> int:
         model, found = convert(checkpoint)
         size = save({"model": model}, args.output)
     except CheckpointError as error:
-        message = f"{args.input}: {' '.join(str(error).split())}"
+        sys.exit(f"error: {args.input}: {' '.join(str(error).split())}")
     except OSError as error:
-        message = f"{args.output}: not written: {error.strerror or error}"
+        sys.exit(f"error: {args.output}: not written: {error.strerror or error}")
     except KeyboardInterrupt:
-        message = "interrupted; nothing was written"
-    else:
-        title, fits, _ = recognise(model)
-        values = sum(tensor.numel() for tensor in model.values())
-        print(f"{title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}")
-        print(f"Fits DeiT's --model {fits}." if fits else "No model of DeiT's has this width.")
-        print(f"{len(model)} tensors, {values:,} values: {args.output}, {size / 1e6:.1f} MB")
-        return 0
-    print(f"error: {message}", file=sys.stderr)
-    return 1
+        sys.exit("error: interrupted; nothing was written")
+    title, fits, _ = recognise(model)
+    values = sum(tensor.numel() for tensor in model.values())
+    print(f"{title}, epoch {checkpoint.get('epoch', 'unknown')}: {found}")
+    print(f"Fits DeiT's --model {fits}." if fits else "No model of DeiT's has this width.")
+    print(f"{len(model)} tensors, {values:,} values: {args.output}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -35,6 +35,16 @@ def renamed(state, old, new):
     return {re.sub(old, new, name): tensor for name, tensor in state.items()}
 
 
+def status_of(source, target):
+    """Convert; return the exit status after printing its line, as Python does at the end."""
+    try:
+        main(["--input", str(source), "--output", str(target)])
+    except SystemExit as stop:
+        print(stop.code, file=sys.stderr)
+        return 1 if isinstance(stop.code, str) else stop.code
+    return 0
+
+
 def run(folder, content, name="input.pth"):
     """Save the content and convert it; return the exit status and the path of the output."""
     if isinstance(content, bytes):
@@ -42,7 +52,7 @@ def run(folder, content, name="input.pth"):
     elif content is not None:
         torch.save(content, str(folder / name))
     output = folder / "output.pth"
-    return main(["--input", str(folder / name), "--output", str(output)]), output
+    return status_of(folder / name, output), output
 
 
 def refusal(capfd, status, folder):
@@ -237,8 +247,7 @@ def test_wrong_paths(tmp_path, capfd, monkeypatch, source, target, words):
     torch.save(MOCO, str(tmp_path / "in.pth"))
     os.mkfifo(str(tmp_path / "device"))
     (tmp_path / "folder").mkdir()
-    status = main(["--input", source, "--output", target])
-    line = refusal(capfd, status, tmp_path)
+    line = refusal(capfd, status_of(source, target), tmp_path)
     assert str(tmp_path) in line and all(word in line for word in words.split())
 
 
