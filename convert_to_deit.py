@@ -123,7 +123,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
     It is written beside `path`, flushed to disk and renamed. If the block or the disk fails,
     nothing of it stays, and `path` is as before. The folder is made where it is missing.
-    Raises OSError with a short `strerror`.
+    Raises OSError with `path` as its `filename`.
     """
     path = os.path.realpath(path)  # replace what a symbolic link points to, not the link
     folder, name = os.path.split(path)
@@ -135,13 +135,12 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        if isinstance(error, OSError):
-            reason = "disk full" if error.errno == errno.ENOSPC else error.strerror
-            raise OSError(error.errno, reason, path) from error
+    except OSError as error:
+        error.filename = path
         raise
+    finally:
+        with contextlib.suppress(OSError):  # where it was renamed
+            os.unlink(aside)
 
 
 def save(content: Dict[str, Any], path: str) -> int:

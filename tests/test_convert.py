@@ -217,7 +217,7 @@ def test_code_is_not_run_and_the_advice_saves_the_weights(tmp_path, capfd, monke
 
 
 @pytest.mark.parametrize("error, words", [
-    (OSError(errno.ENOSPC, "no space"), "disk full"), (KeyboardInterrupt(), "interrupted")])
+    (OSError(errno.ENOSPC, "no space"), "no space"), (KeyboardInterrupt(), "interrupted")])
 def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, error, words):
     (tmp_path / "output.pth").write_text("old")
     monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=error))
