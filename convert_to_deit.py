@@ -35,6 +35,12 @@ MISNAMED = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks
             "blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "blocks.14.mlp.fc2"}
 WANTED = "pass a ViT checkpoint of MoCo v3"
 ENCODER = re.compile(r"(module\.)?base_encoder\.")  # in front of the names in MoCo v3's own files
+# Safe loading takes DeiT's arguments and NumPy's numbers, too, by the names of NumPy 1 and 2.
+if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # since torch 2.6
+    scalar = numpy.float64().__reduce__()[0]
+    torch.serialization.add_safe_globals([
+        argparse.Namespace, numpy.dtype, *{type(numpy.dtype(kind)) for kind in "?bhilqBHILQefd"},
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))])
 
 
 class CheckpointError(ValueError):
@@ -62,8 +68,7 @@ def load(path: str) -> Any:
             with ThreadPoolExecutor(2) as pool:  # 1.73 GB: 0.5 s by two threads, 0.9 s by one
                 stored = list(pool.map(_check_half, [path] * 2, (0, 1)))
         safe = {"weights_only": True, "mmap": all(stored)} if SAFE_AND_MAPPED else {}
-        with _harmless_extras():
-            return torch.load(path, map_location="cpu", **safe)
+        return torch.load(path, map_location="cpu", **safe)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise CheckpointError(_reason(error, path, start)) from error
 
@@ -81,18 +86,6 @@ def _check_half(path: str, turn: int) -> bool:
         if damaged:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.filelist)
-
-
-def _harmless_extras() -> Any:
-    """A context in which safe loading takes NumPy's numbers and DeiT's arguments, too."""
-    if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
-        return contextlib.nullcontext()
-    rebuild = numpy.float64().__reduce__()[0]
-    harmless = [argparse.Namespace, numpy.dtype, rebuild]
-    harmless += {type(numpy.dtype(kind)) for kind in "?bhilqBHILQefd"}
-    if torch.__version__ >= (2, 6):  # older files have the name that the module had in NumPy 1
-        harmless += [(rebuild, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    return torch.serialization.safe_globals(harmless)
 
 
 def _reason(error: Exception, path: str, start: bytes) -> str:

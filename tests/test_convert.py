@@ -104,7 +104,8 @@ def test_moco_checkpoint_is_converted_bit_for_bit(tmp_path, capfd, prefix, form)
     (dict(encoder(), pos_embed=encoder()["pos_embed"].half()), "position embedding"),
     pytest.param({"state_dict": encoder("base_encoder."), "args": argparse.Namespace(of=SCALARS),
                   "epoch": SCALARS[2]}, "epoch 7", marks=pytest.mark.skipif(
-        not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")),
+        not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"),
+        reason="torch before 2.6")),
 ], ids=["linear probe", "bare", "compiled blocks", "another table", "half precision",
         "harmless extras"])
 def test_other_files_with_moco_weights(tmp_path, capfd, content, words):
