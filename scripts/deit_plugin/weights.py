@@ -1,4 +1,5 @@
 """Pretrained weights into a model: exactly the head may be missing, nothing may be left over."""
+import re
 from functools import partial
 
 import torch
@@ -10,7 +11,6 @@ from convert_to_deit import CheckpointError, is_sine_cosine, load, recognise
 from .errors import UserError
 
 HEAD = ("head.weight", "head.bias")
-LONGEST_REASON = 200  # characters: torch lists every tensor that does not fit
 
 
 @register_model
@@ -24,7 +24,7 @@ def moco_v3_vit_small_patch16_224(pretrained=False, **kwargs):
 def read(path):
     """The checkpoint at ``path``: a dict with at least ``model``, a dict of tensors.
 
-    A prefix of all names, such as torch.compile's ``_orig_mod.``, is taken away.
+    What torch.compile or DDP put into their names is taken away.
     """
     try:
         checkpoint = load(path)
@@ -34,9 +34,7 @@ def read(path):
     if not isinstance(model, dict) or not all(map(torch.is_tensor, model.values())):
         raise UserError(f"{path} is not converted yet: python convert_to_deit.py --input "
                         f"{path} --output CONVERTED.pth, then --resume CONVERTED.pth")
-    prefix = next((name[:-len("cls_token")] for name in model if name.endswith("cls_token")), "")
-    if all(name.startswith(prefix) for name in model):
-        model = {name[len(prefix):]: tensor for name, tensor in model.items()}
+    model = {re.sub(r"(_orig_mod|module)\.", "", name): model[name] for name in model}
     return {**checkpoint, "model": model}
 
 
@@ -57,9 +55,9 @@ def fit(model, weights, path, model_name, head_may_miss=True):
     except RuntimeError as error:
         _, fits, _ = recognise(weights)
         advice = f"; pass --model {fits}" if fits not in (None, model_name) else ""
-        reason = str(error).splitlines()[1].strip(" \t.")[:LONGEST_REASON]  # after a heading
+        reason = str(error).splitlines()[1].strip(" \t.")  # after a heading; it may be long
         raise UserError(f"{path} does not fit --model {model_name} with "
-                        f"{len(own.get(HEAD[0], ()))} classes: {reason}{advice}") from error
+                        f"{len(own.get(HEAD[0], ()))} classes: {reason:.200}{advice}") from error
     # The number of heads shows in no shape: wrong, it loads and computes something else. MoCo v3's
     # fixed position embedding gives its ViT-Small away; its others have DeiT's heads.
     table, heads = weights.get("pos_embed"), model.blocks[0].attn.num_heads
