@@ -102,8 +102,7 @@ class Run:
         except (RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {size}: "
                             f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
-        weights.fit(model, self.start.state["model"], path, name,
-                    head_may_miss=not (self.args.eval or self.start.epoch))
+        weights.fit(model, self.start.state["model"], path, name)
         return model
 
     def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,

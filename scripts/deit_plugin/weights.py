@@ -38,17 +38,13 @@ def read(path):
     return {**checkpoint, "model": model}
 
 
-def fit(model, weights, path, model_name, head_may_miss=True):
+def fit(model, weights, path, model_name):
     """Load ``weights`` (name to tensor) into ``model``.
 
     Position embeddings of another input size are resampled. Refused is anything but the head that
     is missing, left over or of another shape, and another number of attention heads.
     """
-    own = model.state_dict()
-    headless = not any(name in weights for name in HEAD)
-    if headless and not head_may_miss:
-        raise UserError(f"{path} has no classifier head, so there is nothing to evaluate: "
-                        "pass a checkpoint of a fine-tuning run")
+    own, headless = model.state_dict(), weights.keys().isdisjoint(HEAD)
     head = {name: own[name] for name in HEAD if name in own} if headless else {}
     try:
         model.load_state_dict({**resample_position_embedding(weights, own), **head})
