@@ -76,7 +76,8 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_pat
     assert re.search(says, line)
     assert saved(run / "checkpoint.pth")["epoch"] == 0 and len(log_of(run)) == 2
     assert not list(run.glob("*.tmp")) + list(run.glob(".*.tmp"))
-    train("pets", *flags)
+    train("pets", *flags[2:])  # without --resume
+    assert "nothing left to train" in train("pets", *flags).stdout
     assert [row["epoch"] for row in log_of(run)] == [0, 1, 2]
 
 

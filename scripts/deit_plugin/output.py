@@ -82,7 +82,7 @@ class RunFolder:
         if continues:
             names, advice = set(before), "pass another --output_dir, or --overwrite to start anew"
             if not args.pretrained or self.contains(args.pretrained):  # as DeiT itself continues
-                names.discard("pretrained_file")
+                args.settings["pretrained_file"] = before.get("pretrained_file")
         before = {name: value for name, value in before.items() if name in names}
         differing = options.differing(args.settings, before, "there")
         if differing:
