@@ -170,7 +170,7 @@ def recognise(weights: Dict[str, torch.Tensor]) -> Tuple[str, Optional[str], str
               if not name.startswith("head.")}
     width = shapes.get("cls_token", (0,))[-1]
     table = shapes.get("pos_embed", ())
-    side = math.isqrt(table[1] - 1) if len(table) == 3 else 14
+    side = math.isqrt(table[1] - 1) if len(table) == 3 and table[1] else 14
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     depth, title, model = MODELS.get(width, (len(blocks), "ViT", None))
 

@@ -4,7 +4,7 @@ from multiprocessing.pool import ThreadPool
 from . import options
 from .errors import REFUSED, UserError, one_line
 from .output import RunFolder
-from .run import Run
+from .run import Run, look_at_flags
 
 
 def report(main, args):
@@ -21,7 +21,8 @@ def report(main, args):
             return found
         except (UserError, AssertionError, ValueError) as error:
             problems.append(what)
-            print(f"PROBLEM  {what}: {str(error) or repr(error)}", flush=True)
+            line = error if isinstance(error, UserError) else look_at_flags(error)
+            print(f"PROBLEM  {what}: {line}", flush=True)
             return None
 
     ask("GPUs", options.check_gpus, args)

@@ -28,8 +28,8 @@ def guard(run):
         _fail(f"error: {error}; type {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
-        if line is None:  # if a peer was killed, the launcher says so and ends this process
-            time.sleep(NOTICES)
+        if line is None and FIRST_FAILURE in os.environ:
+            time.sleep(NOTICES)  # if a peer was killed, the launcher says so and ends this process
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 

@@ -22,6 +22,14 @@ from .options import count
 STAND_INS = ("build_dataset", "create_model", "train_one_epoch", "evaluate")
 
 
+def look_at_flags(error):
+    """The UserError for what timm or torch refuse, whose own words seldom name a flag."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    flags = shlex.join(sys.argv[1:]).split(options.YOUR_FLAGS)[-1].strip()
+    return UserError(f"{one_line(error)} ({place.filename}, line {place.lineno}): look for the "
+                     f"cause in your flags, {flags}")
+
+
 class Run:
     """Every method named like a function of DeiT's stands in for it, on all commits.
 
@@ -52,10 +60,7 @@ class Run:
         except (AssertionError, ValueError) as error:  # as timm and torch refuse a flag's value
             if self.trained:  # and so it is none
                 raise
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            flags = shlex.join(sys.argv[1:]).split(options.YOUR_FLAGS)[-1].strip()
-            raise UserError(f"{one_line(error)} ({place.filename}, line {place.lineno}): look for "
-                            f"the cause in your flags, {flags}") from error
+            raise look_at_flags(error) from error
         if self.args.rank == 0 and not self.args.eval:
             self._commit()
             path = self.folder.path

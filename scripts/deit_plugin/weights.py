@@ -73,6 +73,7 @@ def resample_position_embedding(weights, own):
     old, new = (int((tokens.shape[1] - 1) ** 0.5) for tokens in (table, target))
     if table.shape[-1] != target.shape[-1] or old * old + 1 != table.shape[1]:
         return weights
+    table = table.float()  # torch 1.9 and 1.13 resample no half precision on the CPU
     grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)
