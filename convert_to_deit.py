@@ -95,8 +95,10 @@ def _reason(error: Exception, path: str, start: bytes) -> str:
         return f"{error.strerror or text}; check the path"
     if isinstance(error, ImportError) and "safetensors" in text:
         return "a safetensors file; pip install safetensors"
-    if not start.startswith((b"PK", b"\x80")):  # a web page, a Git LFS pointer, nothing
-        return f"no PyTorch checkpoint, it starts with {start!r}; download it again"
+    if not start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
+        # Their first bytes tell a web page and a Git LFS pointer.
+        what = f"no PyTorch checkpoint, it starts with {start!r}" if start else "an empty file"
+        return f"{what}; download it again"
     refused = re.search(r"(?:GLOBAL |class '?|Unsupported (?=operand))([\w.]+(?: \d+)?)", text)
     if not refused:
         detail = f"{type(error).__name__}: {text[:100]}".splitlines()[0]
@@ -252,7 +254,8 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     if len(prefixes) != 1:
         resnet = any(name.endswith("layer1.0.conv1.weight") for name in weights)
         what = "a ResNet, and DeiT trains vision transformers only" if resnet else "not one ViT"
-        raise CheckpointError(f"{what} (base_encoder, cls_token: {prefixes}); {WANTED}")
+        found = ", ".join(prefixes) or "none"
+        raise CheckpointError(f"{what} (what base_encoder or cls_token names: {found}); {WANTED}")
     table = weights.get(prefixes[0] + "pos_embed")
     if not ENCODER.fullmatch(prefixes[0]) and not is_sine_cosine(table):
         raise CheckpointError("no base_encoder, and a learned position embedding, as supervised "

@@ -128,13 +128,15 @@ def _cifar(cifar: Any) -> DataSet:
 
 def _image_folder(root: str, train: bool, transform: Callable, download: bool) -> ImageFolder:
     """The images of root/train/CLASS/, or of root/val/CLASS/; root/test/ where there is no val/."""
-    test = "val" if os.path.isdir(os.path.join(root, "val")) else "test"
+    present = [part for part in ("val", "test") if os.path.isdir(os.path.join(root, part))]
+    test = present[0] if present else "val"
     classes, others = ({path.name for path in os.scandir(os.path.join(root, part)) if path.is_dir()}
                        for part in ("train", test))
     if classes != others or len(classes) < 2:
+        unequal = ", ".join(sorted(classes ^ others))
+        found = f"only one has {unequal}" if unequal else f"each has {len(classes)}"
         raise ValueError(f"{root}: train/ and {test}/ must have the same class folders, two or "
-                         f"more; they have {len(classes)} and {len(others)}, and only one of them "
-                         f"has {sorted(classes ^ others)}")
+                         f"more; {found}")
     folder = os.path.join(root, "train" if train else test)
     empty = [name for name in sorted(classes) if not any(
         path.suffix.lower() in IMG_EXTENSIONS for path in Path(folder, name).rglob("*"))]

@@ -57,7 +57,7 @@ class Pets(DatasetFolder):
                     samples.append((os.path.join(folder, name + ".jpg"), self.classes.index(label)))
                 except ValueError as error:
                     raise ValueError(f"{self.list}: expected a name and a class from 1 to "
-                                     f"{len(self.classes)}, found {line[:80]!r}") from error
+                                     f"{len(self.classes)}, found {line.strip()[:80]!r}") from error
         if not samples:
             raise ValueError(f"{self.list} lists no images")
         present = {os.path.join(folder, name) for name in os.listdir(folder)}

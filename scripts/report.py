@@ -40,7 +40,7 @@ class Run:
                 self.rows.append(json.loads(line))
         try:
             about = json.loads((folder / "run.json").read_bytes())
-        except OSError:
+        except (OSError, ValueError):  # of plain DeiT's, or damaged
             about = {"settings": {"data_set": "-", "epochs": "-"}, "differs": ["no run.json"]}
         self.data_set, self.planned = about["settings"]["data_set"], about["settings"]["epochs"]
         self.differs, self.published = about["differs"], PUBLISHED.get(self.data_set)

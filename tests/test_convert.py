@@ -174,7 +174,7 @@ BROKEN = renamed(MOCO, "blocks.1.norm1", "blocks.1.norm13")
     ({"state_dict": BROKEN}, "blocks.1.norm1.weight missing blocks.1.norm13.weight"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": 3}}, "norm.bias missing"),
     ({"state_dict": {**MOCO, "base_encoder.norm.bias": torch.ones(3)}}, "norm.bias (3,) (64,)"),
-    (b"", "b'' download it again"),
+    (b"", "empty download it again"),
     (b"<!DOCTYPE html><p>404", "<!DOCTYPE html> download it again"),
     (b"junk" * 9, "no PyTorch checkpoint download it again"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs download it again"),

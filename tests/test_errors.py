@@ -13,9 +13,13 @@ from deit_plugin import errors, options, weights
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--epochs 0", "--epochs 0"), ("--accum-iter -1", "--accum-iter -1"),
-    ("--start_epoch 5", "--start_epoch 5"), ("--bce-loss", "--smoothing 0"),
+    ("--epochs 0", "--epochs 0"), ("--num_workers -1", "--num_workers -1"),
+    ("--drop-path 2", "--drop-path 2.0: must be 0 to 1"), ("--lr nan", "--lr nan"),
+    ("--cutmix-minmax 0.2", "two numbers"),
+    ("--input-size 100", "multiple of 16"), ("--start_epoch 5", "--start_epoch 5"),
     ("--remode no_such", "pixel"), ("--device CPU", "cuda"), ("--sched no_such", "cosine"),
+    ("--batch-size 7 --cutmix 0", "must be even"), ("--batch-size 7 --mixup 0", "must be even"),
+    ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"), ("--bce-loss", "--smoothing 0"),
     ("--finetune a.pth", "--resume"), ("--distillation-type hard", "--distillation-type"),
     ("--output-dir out", "did you mean --output_dir"), ("--dryrun", "--dry-run"),
     ("--epochs many", "many"), ("--data-set imagenet", "imagenet"),
@@ -49,8 +53,7 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
 
 @pytest.mark.parametrize("wrong, says", [
     (["--resume", ""], "--resume is missing"), (["--eval"], "no classifier head"),
-    (["--opt", "no_such"], "--opt no_such"), (["--lr", "-1"], "learning rate"),
-    (["--batch-size", "7"], "should be even"),  # Mixup takes pairs
+    (["--opt", "no_such"], "--opt no_such"),
     (["--resume", "/nowhere.pth"], "/nowhere.pth"), (["--data-path", "/nowhere"], "/nowhere"),
     (["--model", "no_such_model"], "no_such_model"), (["--model", "resnet18"], "--model resnet18"),
     (["--batch-size", "400"], "no whole step"), (["--device", "cuda"], "--device cpu"),
@@ -90,6 +93,16 @@ def test_copied_into_a_checkout_with_another_package_named_datasets(flags, tmp_p
     (checkout / "models.py").write_text("from timm import gone")
     line = error_of(fork("pets", *flags, **options))
     assert "gone" in line and "requirements.txt" in line and str(checkout) in line
+
+
+def test_a_bug_in_every_process_shows_one_traceback(flags, tmp_path):
+    deit = tmp_path / "deit"
+    shutil.copytree(environment()["DEIT_DIR"], deit, ignore=shutil.ignore_patterns(".git"))
+    with open(deit / "engine.py", "a") as engine:
+        engine.write("\n\ndef train_one_epoch(*_, **__):\n    raise RuntimeError('a bug')\n")
+    done = launch("pets", *flags, processes=2, DEIT_DIR=str(deit))
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.endswith("RuntimeError: a bug\n")
 
 
 def test_links_tilde_and_a_cluster_s_variables(data, checkpoint, tmp_path):
@@ -146,7 +159,7 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
                  "--epochs 2 (published: 100)", str(small)):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
-    assert "model: Optimizer none" in fork("pets", *flags, "--check", "--opt", "none").stdout
+    assert "model: --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
 
 
 def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, tmp_path):

@@ -4,7 +4,7 @@ from multiprocessing.pool import ThreadPool
 from . import options
 from .errors import REFUSED, UserError, one_line
 from .output import RunFolder
-from .run import Run, look_at_flags
+from .run import Run
 
 
 def report(main, args):
@@ -19,10 +19,9 @@ def report(main, args):
             found = check(*arguments)
             print(f"ok       {what}: {getattr(found, 'path', found)}", flush=True)
             return found
-        except (UserError, AssertionError, ValueError) as error:
+        except UserError as error:
             problems.append(what)
-            line = error if isinstance(error, UserError) else look_at_flags(error)
-            print(f"PROBLEM  {what}: {line}", flush=True)
+            print(f"PROBLEM  {what}: {error}", flush=True)
             return None
 
     ask("GPUs", options.check_gpus, args)
@@ -48,7 +47,7 @@ def _model(run):
     args, classes = run.args, run.datasets[0].classes
     model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
-    run.deit.create_optimizer(args, model)
+    run.create_optimizer(args, model)
     return f"{args.model} takes the weights"
 
 

@@ -17,9 +17,9 @@ def import_main():
     named = os.environ.get("DEIT_DIR", "")
     folder = Path(named or BUNDLE).expanduser().resolve()
     if not all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
-        raise UserError(f"DEIT_DIR={named}: {folder} is no DeiT checkout, with main.py, engine.py "
-                        "and utils.py: git clone https://github.com/facebookresearch/deit && "
-                        "export DEIT_DIR=$PWD/deit")
+        raise UserError(f"DEIT_DIR={named or '(not set)'}: {folder} is no DeiT checkout, with "
+                        "main.py, engine.py and utils.py: git clone "
+                        "https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
     versions.quieten_age()
     sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours is to be found
     try:

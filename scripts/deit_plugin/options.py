@@ -17,7 +17,19 @@ PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "pretrained", "device", "num_workers", "pin_mem",
     "dist_url", "rank", "world_size", "distributed", "start_epoch", "batch_size", "accum_iter",
-    "eval", "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check"}
+    "eval", "eval_freq", "save_freq", "dist_eval", "overwrite", "download", "check",
+    # DeiT's flags that this bundle's transforms and evaluation have no use for
+    "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
+
+LARGEST, FINITE = 2**31 - 1, 1e38  # NumPy's seeds end at 2**32 - 1, float32 at 3e38
+RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
+    (1, LARGEST): ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"),
+    (16, LARGEST): ("input_size",),
+    (0, LARGEST): ("num_workers", "seed"),
+    (0, FINITE): ("lr", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix"),
+    (0, 1): ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob",
+             "model_ema_decay"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,21 +97,33 @@ def _parser(main, data_sets):
 
 
 def _refuse_what_cannot_work(args):
-    """What would be misused without a word; other values are for DeiT, timm and torch to refuse."""
-    for name in ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{flag_of(name)} {getattr(args, name)}: must be 1 or more")
+    """What DeiT, timm or torch would quietly misuse or end in a traceback."""
+    for (least, most), names in RANGES.items():
+        limits = f"{least} or more" if most > 1 else f"{least} to {most}"
+        for name in names:
+            value = getattr(args, name, least)
+            if not least <= value <= most:  # true of nan, too
+                raise UserError(f"{flag_of(name)} {value}: must be {limits}")
     for flag, unused in (("--start_epoch", 0), ("--finetune", ""), ("--distillation-type", "none")):
         value = vars(args).get(flag[2:].replace("-", "_"), unused)
         if value != unused:
             raise UserError(f"{flag} {value} is not supported: --resume takes the converted "
                             "checkpoint, or one of a run to go on from")
+    minmax = args.cutmix_minmax or (0, 1)
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     for wrong, message in (
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
             (not args.output_dir and not (args.eval or args.check),
              "--output_dir is missing: pass the folder for checkpoints and log.txt"),
-            (getattr(args, "bce_loss", False) and args.smoothing,
-             "--bce-loss: needs --smoothing 0: DeiT makes 1 of every target over 0")):
+            (args.input_size % 16,
+             f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
+            (mixes and args.batch_size % 2,
+             f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
+            (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1,
+             "--cutmix-minmax: takes two numbers from 0 to 1, the smaller first, as 0.2 0.8"),
+            (getattr(args, "bce_loss", False) and (not mixes or args.smoothing),
+             "--bce-loss: needs --mixup or --cutmix, and --smoothing 0: DeiT makes 1 of every "
+             "target over 0")):
         if wrong:
             raise UserError(message)
 
@@ -118,8 +142,10 @@ def check_gpus(args):
 
 
 def flag_of(name):
-    """The flag of a setting, as DeiT spells it; words are left as they are."""
-    return name if " " in name else "--" + name.replace("_", "-")
+    """The flag of an argument, as DeiT spells it; words are left as they are."""
+    if " " in name:
+        return name
+    return "--" + (name if name == "num_workers" else name.replace("_", "-"))
 
 
 def _settings(args):
