@@ -77,9 +77,9 @@ def test_random_erasing_after_normalisation():
 
 
 @pytest.mark.parametrize("name, file, content, words", [
-    ("pets", "annotations/trainval.txt", "cat_1 1 1 1\ncat_2\n", ["'cat_2"]),
+    ("pets", "annotations/trainval.txt", "cat_1 1 1 1\ncat_2\n", ["'cat_2'"]),
     ("pets", "annotations/trainval.txt", " \n", ["no images"]),
-    ("pets", "annotations/trainval.txt", "cat_1 38 1 1\n", ["'cat_1 38 1 1", "37"]),
+    ("pets", "annotations/trainval.txt", "cat_1 38 1 1\n", ["'cat_1 38 1 1'", "37"]),
     ("flowers", "imagelabels.mat", "<!DOCTYPE html>", ["cannot read"]),
     ("flowers", "imagelabels.mat", {"labels": [[1, 103]]}, ["103", "102"]),
     ("flowers", "setid.mat", {"trnid": [[1]], "valid": [[71]]}, ["71", "70"]),
