@@ -134,7 +134,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
         error.filename = path
         raise
     finally:
-        with contextlib.suppress(OSError):  # where it was renamed
+        with contextlib.suppress(OSError):  # once renamed, it is not there
             os.unlink(aside)
 
 
@@ -255,7 +255,7 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
         resnet = any(name.endswith("layer1.0.conv1.weight") for name in weights)
         what = "a ResNet, and DeiT trains vision transformers only" if resnet else "not one ViT"
         found = ", ".join(prefixes) or "none"
-        raise CheckpointError(f"{what} (what base_encoder or cls_token names: {found}); {WANTED}")
+        raise CheckpointError(f"{what} (encoders by base_encoder or cls_token: {found}); {WANTED}")
     table = weights.get(prefixes[0] + "pos_embed")
     if not ENCODER.fullmatch(prefixes[0]) and not is_sine_cosine(table):
         raise CheckpointError("no base_encoder, and a learned position embedding, as supervised "
@@ -273,8 +273,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     try:
         checkpoint = load(args.input)
-        if os.path.exists(args.output) and (not os.path.isfile(args.output)
-                                            or os.path.samefile(args.input, args.output)):
+        taken = os.path.exists(args.output) and (
+            not os.path.isfile(args.output) or os.path.samefile(args.input, args.output))
+        if taken or not os.path.basename(args.output):
             raise OSError("it is a folder, a device or the same file as --input; name another")
         model, found = convert(checkpoint)
         size = save({"model": model}, args.output)

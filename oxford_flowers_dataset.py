@@ -71,6 +71,8 @@ class Flowers(DatasetFolder):
         with open(path, "rb") as file:
             try:
                 numbers = scipy.io.loadmat(file)[variable].ravel().astype(int).tolist()
+                if not numbers:
+                    raise ValueError("it is empty")
                 return [range(1, highest + 1).index(number) for number in numbers]
             except Exception as error:  # SciPy raises all sorts on a damaged file
                 raise ValueError(f"{path}: cannot read {variable!r}, numbers from 1 to {highest}: "

@@ -238,7 +238,7 @@ def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
 
 @pytest.mark.parametrize("source, target, words", [
     ("~/none.pth", "~/out.pth", "none.pth No such file"),
-    ("~/in.pth", "~/folder", "folder"),
+    ("~/in.pth", "~/folder", "folder"), ("~/in.pth", "~/new/", "folder"),
     ("~/in.pth", "~/device", "device"),
     ("~/in.pth", "~/in.pth", "same file"),
     ("~/in.pth", "~/in.pth/out.pth", "not written"),

@@ -83,6 +83,7 @@ def test_random_erasing_after_normalisation():
     ("flowers", "imagelabels.mat", "<!DOCTYPE html>", ["cannot read"]),
     ("flowers", "imagelabels.mat", {"labels": [[1, 103]]}, ["103", "102"]),
     ("flowers", "setid.mat", {"trnid": [[1]], "valid": [[71]]}, ["71", "70"]),
+    ("flowers", "setid.mat", {"trnid": [[1]], "valid": [[]]}, ["empty"]),
 ])
 def test_broken_lists_are_named(copy, name, file, content, words):
     path = copy(name) / file

@@ -74,9 +74,9 @@ class RunFolder:
         except UserError as error:
             anew = "; or pass --overwrite to start anew" if continues else ""
             raise UserError(f"{error}{anew}") from None
-        if args.eval and weights.HEAD[0] not in state["model"]:
-            raise UserError(f"{path} has no classifier head, so there is nothing to evaluate: "
-                            "pass a checkpoint of a fine-tuning run")
+        if (args.eval or "optimizer" in state) and weights.HEAD[0] not in state["model"]:
+            raise UserError(f"{path} has no classifier head, so there is nothing to evaluate or "
+                            "continue: pass a checkpoint of a fine-tuning run")
         before, advice = state.get("settings", {}), "pass its own"  # plain DeiT notes none
         names = OF_WEIGHTS if args.eval else OF_STATE
         if continues:

@@ -29,7 +29,8 @@ class Run:
     def __init__(self, main, args, folder, start):
         self.main, self.args, self.folder, self.start = main, args, folder, start
         self.deit = SimpleNamespace(**vars(main))  # its functions, as they were
-        self.datasets, self.differs = [], [*args.differs]  # train, test; from the recipe
+        self.datasets = []  # train, test
+        self.differs = [*args.differs]  # from the recipe; a cut-down data set does, too
         self.train_loader = self.test_loader = None
         self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
         self.best = {"epoch": None, "test_acc1": -1}  # rank 0's: the best row of log.txt
