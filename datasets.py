@@ -1,18 +1,16 @@
 """DeiT's `build_dataset` for CIFAR, Oxford Flowers-102, Oxford-IIIT Pets and folders of images."""
 
 import contextlib
-import errno
 import functools
 import os
-import re
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import ImageFolder, cifar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5, check_md5
 
@@ -24,8 +22,8 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """MoCo v3's transforms for fine-tuning, with DeiT's random erasing if `args.reprob` is set.
 
     Args:
-        is_train: for training: a crop of 5 % of the area and up, flip, random erasing. Or else for
-            evaluation: the middle, after resizing to 256/224 of the input size.
+        is_train: True for training: a random crop of at least 5 % of the area, a random flip, and
+            random erasing. False for evaluation: resize to 256/224 of the input size, centre crop.
         args: with `input_size` in pixels; for training, where they exist, `reprob` (0 to 1),
             `remode` and `recount`, timm's options of random erasing.
 
@@ -49,96 +47,127 @@ def build_transform(is_train: bool, args: Any) -> Callable:
 def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
     """The data set `args.data_set` at `args.data_path`, and its number of classes.
 
-    Data that are complete are used as they are. What is missing is downloaded, by one process of
-    a machine while the others wait: CIFAR always, Flowers and Pets if `args.download` is true.
+    Complete data are used as they are. Missing data are downloaded, by one process per machine
+    while the others wait: CIFAR always, Flowers and Pets if `args.download` is true.
 
     Args:
-        is_train: the train images, or else the test images.
+        is_train: True for the train images, False for the test images.
         args: with `data_set`, `data_path`, optionally `download`, and what build_transform reads.
 
     Returns:
-        (dataset, int): items are a tensor as build_transform makes it, and a label as Python int.
+        (dataset, int): an item is a tensor as build_transform makes it, and a label as Python int.
 
     Raises:
-        NotImplementedError: the data set is none of DATA_SETS.
+        NotImplementedError: the data set is not in DATA_SETS.
         FileNotFoundError, ValueError: a file is missing, or not what it should be.
-        OSError: a failed download; or, when asked for an image, that it cannot be decoded.
+        OSError: a failed download; when indexing, an image that cannot be decoded.
     """
     if args.data_set not in DATA_SETS:
-        raise NotImplementedError(f"--data-set {args.data_set}: the choice is "
+        raise NotImplementedError(f"--data-set {args.data_set}: choose from "
                                   f"{', '.join(DATA_SETS)}; ImageNet is a `folder`")
-    data_set = DATA_SETS[args.data_set]
+    row = DATA_SETS[args.data_set]
     root = os.path.abspath(os.path.expanduser(args.data_path))
-    build = functools.partial(data_set.build, root, train=is_train,
-                              transform=build_transform(is_train, args))
-    try:
-        dataset = build(download=False)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        download = data_set.always_download or (getattr(args, "download", False) and data_set.url)
-        advice = _elsewhere(data_set.layout, Path(root), error.filename)
-        if advice or not download:
-            advice = advice or _how_to_get(data_set, root)
-            raise FileNotFoundError(f"{error.filename} is missing; {advice}") from error
-        dataset = _download(data_set, root, build)
-    if hasattr(dataset, "loader"):  # it reads a file for each image
+    missing = row.missing(root, is_train)
+    if missing and row.downloads(args):
+        _download(row, root, is_train)
+    elif missing:
+        raise FileNotFoundError(f"{missing[0]} is missing; {row.how_to_get(root)}")
+    dataset = row.build(root, is_train, build_transform(is_train, args))
+    if hasattr(dataset, "loader"):  # it reads one file per image
         dataset.loader = functools.partial(_read_image, dataset.loader)
     return dataset, len(dataset.classes)
 
 
 def _read_image(loader: Callable, path: str) -> Any:
-    """What the loader makes of a file; raises OSError with its path where it cannot be decoded."""
+    """Load an image file; raise OSError with its path if it cannot be decoded."""
     try:
         return loader(path)
-    except Exception as error:  # Pillow's decoders raise all sorts
+    except Exception as error:  # Pillow's decoders raise almost anything
         raise OSError(f"{path} is not readable as an image ({error!r}): replace it") from error
 
 
 class DataSet(NamedTuple):
     """A choice of --data-set."""
 
-    build: Callable  # takes root, train, transform and download, like torchvision's classes
+    build: Callable  # (root, is_train, transform) -> a data set like torchvision's
+    missing: Callable  # (root, is_train) -> paths that the split needs and that do not exist
     layout: Tuple[str, ...]  # what the root must contain, as patterns of `glob`
-    url: str = ""  # of what can be downloaded
+    expected: str = ""  # the layout in words, where the patterns are not enough
+    official: Optional[Tuple[int, int]] = None  # numbers of train and test images
+    download: Optional[Callable] = None  # (root): download what is missing
+    url: str = ""  # where it is downloaded from
     md5: Dict[str, str] = {}  # of the files that are downloaded
-    images: Dict[bool, int] = {}  # how many the official data set has for training, or else
-    always_download: bool = False
-    expected: str = ""  # the layout in words, where the patterns do not say it all
+    always_download: bool = False  # also without --download
+
+    def downloads(self, args: Any) -> bool:
+        """Whether missing data are to be downloaded."""
+        return self.always_download or bool(self.download and getattr(args, "download", False))
+
+    def how_to_get(self, root: str) -> str:
+        """What the root must contain and how to get it, in words."""
+        text = f"{root} must contain {self.expected or ', '.join(self.layout)}"
+        for name, md5 in self.md5.items():
+            path = os.path.join(root, name)
+            if name.endswith("gz") and os.path.isfile(path) and not check_md5(path, md5):
+                text = f"the md5 of {path} is {calculate_md5(path)} instead of {md5}"
+        return f"{text}; --download gets it from {self.url}" if self.download else text
 
 
-def _cifar(cifar: Any) -> DataSet:
-    """torchvision's CIFAR10 or CIFAR100, which loads nothing but the official files."""
-    names = [name for name, _ in cifar.train_list + cifar.test_list] + [cifar.meta["filename"]]
-    layout = tuple(f"{cifar.base_folder}/{name}" for name in names)
+def _cifar(kind: Any) -> DataSet:
+    """torchvision's CIFAR10 or CIFAR100, which loads only the official files."""
+    def files(root: str, is_train: bool) -> List[Tuple[str, str]]:
+        """Path and md5 of each file that a split needs."""
+        listed = (kind.train_list if is_train else kind.test_list) + [
+            (kind.meta["filename"], kind.meta["md5"])]
+        return [(os.path.join(root, kind.base_folder, name), md5) for name, md5 in listed]
 
-    def build(root, train, transform, download):
-        absent = [path for path in layout if not os.path.exists(os.path.join(root, path))]
-        try:
-            return cifar(root, train, transform, download=bool(download and absent))
-        except RuntimeError as error:
-            if not download:  # another process may be unpacking it: look again after that
-                missing = os.path.join(root, [*absent, cifar.base_folder][0])
-                raise FileNotFoundError(errno.ENOENT, "incomplete", missing) from error
-            if absent:
-                raise
-            raise ValueError(f"{root}/{cifar.base_folder} contains other files than the official "
-                             "ones (md5 differs): delete it, and they are downloaded") from error
+    def missing(root: str, is_train: bool) -> List[str]:
+        """Also names what is incomplete: another process may be unpacking it."""
+        return [path for path, md5 in files(root, is_train) if not cifar.check_integrity(path, md5)]
 
-    return DataSet(build, layout, cifar.url, {cifar.filename: cifar.tgz_md5}, always_download=True)
+    def build(root: str, is_train: bool, transform: Callable) -> Any:
+        dataset = kind.__new__(kind)
+        # torchvision verifies the files of both splits; those of the other one are not needed.
+        setattr(dataset, "test_list" if is_train else "train_list", [])
+        dataset.__init__(root, is_train, transform)
+        return dataset
+
+    def download(root: str) -> None:
+        paths = [path for is_train in (True, False) for path, _ in files(root, is_train)]
+        if all(map(os.path.exists, paths)):
+            raise ValueError(f"{root}/{kind.base_folder} contains other files than the official "
+                             "ones (md5 differs): delete it to have them downloaded")
+        kind(root, download=True)
+
+    layout = tuple(f"{kind.base_folder}/{name}" for name, _ in kind.train_list + kind.test_list)
+    return DataSet(build, missing, layout, download=download, url=kind.url,
+                   md5={kind.filename: kind.tgz_md5}, always_download=True)
 
 
-def _image_folder(root: str, train: bool, transform: Callable, download: bool) -> ImageFolder:
-    """The images of root/train/CLASS/, or of root/val/CLASS/; root/test/ where there is no val/."""
-    present = [part for part in ("val", "test") if os.path.isdir(os.path.join(root, part))]
-    test = present[0] if present else "val"
-    classes, others = ({path.name for path in os.scandir(os.path.join(root, part)) if path.is_dir()}
-                       for part in ("train", test))
-    if classes != others or len(classes) < 2:
-        unequal = ", ".join(sorted(classes ^ others))
-        found = f"only one has {unequal}" if unequal else f"each has {len(classes)}"
-        raise ValueError(f"{root}: train/ and {test}/ must have the same class folders, two or "
-                         f"more; {found}")
-    folder = os.path.join(root, "train" if train else test)
-    empty = [name for name in sorted(classes) if not any(
+def _split_folder(root: str, is_train: bool) -> str:
+    """The folder of a split: root/train, or root/val, or root/test where there is no val/."""
+    names = ("train",) if is_train else ("val", "test")
+    folders = [os.path.join(root, name) for name in names]
+    return next(filter(os.path.isdir, folders), folders[0])
+
+
+def _missing_folders(root: str, is_train: bool) -> List[str]:
+    folders = [_split_folder(root, part) for part in (True, False)]
+    return [folder for folder in folders if not os.path.isdir(folder)]
+
+
+def _image_folder(root: str, is_train: bool, transform: Callable) -> ImageFolder:
+    """The images of root/train/CLASS/, or of root/val/CLASS/."""
+    folders = [_split_folder(root, part) for part in (True, False)]
+    train, test = ({entry.name for entry in os.scandir(folder) if entry.is_dir()}
+                   for folder in folders)
+    if train != test or len(train) < 2:
+        unequal = ", ".join(sorted(train ^ test))
+        found = f"only one has {unequal}" if unequal else f"each has {len(train)}"
+        names = " and ".join(f"{os.path.basename(folder)}/" for folder in folders)
+        raise ValueError(f"{root}: {names} must have the same class folders, two or more; {found}")
+    folder = _split_folder(root, is_train)
+    empty = [name for name in sorted(train) if not any(
         path.suffix.lower() in IMG_EXTENSIONS for path in Path(folder, name).rglob("*"))]
     if empty:
         raise ValueError(f"{folder}: no images of the classes {', '.join(empty)}")
@@ -146,57 +175,21 @@ def _image_folder(root: str, train: bool, transform: Callable, download: bool) -
 
 
 DATA_SETS = {
-    "cifar10": _cifar(CIFAR10),
-    "cifar100": _cifar(CIFAR100),
-    "flowers": DataSet(Flowers, ("jpg/image_*.jpg", "imagelabels.mat", "setid.mat"),
-                       Flowers.url, Flowers.md5, {True: 2040, False: 6149}),
-    "pets": DataSet(Pets, ("images/*.jpg", "annotations/trainval.txt", "annotations/test.txt"),
-                    Pets.url, Pets.md5, {True: 3680, False: 3669}),
-    "folder": DataSet(_image_folder, ("train/*/*",),
-                      expected="train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg"),
+    "cifar10": _cifar(cifar.CIFAR10),
+    "cifar100": _cifar(cifar.CIFAR100),
+    "flowers": DataSet(
+        Flowers, Flowers.missing, ("jpg/image_*.jpg", "imagelabels.mat", "setid.mat"),
+        official=(2040, 6149), download=Flowers.download, url=Flowers.url, md5=Flowers.md5),
+    "pets": DataSet(
+        Pets, Pets.missing, ("images/*.jpg", "annotations/trainval.txt", "annotations/test.txt"),
+        official=(3680, 3669), download=Pets.download, url=Pets.url, md5=Pets.md5),
+    "folder": DataSet(_image_folder, _missing_folders, ("train/*/*",),
+                      "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg"),
 }
 
 
-def _elsewhere(layout: Tuple[str, ...], root: Path, missing: str) -> str:
-    """What to pass or move if the data are a level above `root`, up to two below, or misnamed."""
-    if root.is_file():
-        return f"{root} is a file: pass a folder"
-    absent = [pattern for pattern in layout if not any(root.glob(pattern))]
-    here = [root, *filter(Path.is_dir, sorted([*root.glob("*"), *root.glob("*/*")]))]
-    above = [root.parent, *sorted(root.parent.glob(_loose(root.name)))]
-    for folder in here + above if absent else ():
-        if folder != root and all(any(folder.glob(pattern)) for pattern in layout):
-            return f"it is in {folder}: pass --data-path {folder}"
-    changes = []
-    for pattern in absent or [str(Path(missing).relative_to(root))]:
-        places = sorted(path for folder in here for path in folder.glob(_loose(pattern)))
-        if not places or any(root.glob(pattern)):  # by now: another process downloads
-            return ""
-        place = places[0].with_name("*" + places[0].suffix) if "*" in pattern else places[0]
-        found, wanted = place.relative_to(root).parts[0], Path(pattern).parts[0]
-        if found != wanted and found.lower() == wanted.lower():  # the name at the top is wrong
-            place, pattern = root / found, wanted
-        changes.append(f"{place} to {root / pattern}")
-    return f"move or rename {', '.join(changes)}"
-
-
-def _loose(pattern: str) -> str:
-    """The pattern for upper and lower case, and for .jpg also another ending of images."""
-    loose = re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
-    return loose.replace(".[jJ][pP][gG]", ".[jJpPwW]*")
-
-
-def _how_to_get(data_set: DataSet, root: str) -> str:
-    advice = f"{root} must contain {data_set.expected or ', '.join(data_set.layout)}"
-    for name, md5 in data_set.md5.items():
-        path = os.path.join(root, name)
-        if name.endswith("gz") and os.path.isfile(path) and not check_md5(path, md5):
-            advice = f"the md5 of {path} is {calculate_md5(path)} instead of {md5}"
-    return f"{advice}; --download gets it from {data_set.url}" if data_set.url else advice
-
-
-def _download(data_set: DataSet, root: str, build: Callable) -> Any:
-    """The data set, once this process or another one of the machine has downloaded it."""
+def _download(row: DataSet, root: str, is_train: bool) -> None:
+    """Download what is missing, unless another process of this machine has done so meanwhile."""
     with contextlib.ExitStack() as until_done:
         try:
             import fcntl  # not on Windows
@@ -207,10 +200,12 @@ def _download(data_set: DataSet, root: str, build: Callable) -> Any:
         except (ImportError, OSError) as error:
             warnings.warn(f"downloading to {root} without a lock ({error}): let no other process "
                           "do the same", stacklevel=3)
+        if not row.missing(root, is_train):
+            return
         try:
-            return build(download=True)
-        except ValueError:  # of a file that is there
+            row.download(root)
+        except ValueError:  # a file that is there is wrong
             raise
-        except Exception as error:  # urllib and tarfile raise all sorts
-            raise OSError(f"cannot download {data_set.url}: {error}; launch again, or put "
-                          f"{', '.join(data_set.md5)} into {root} by hand before") from error
+        except Exception as error:  # urllib and tarfile raise almost anything
+            raise OSError(f"cannot download {row.url}: {error}; launch again, or first put "
+                          f"{', '.join(row.md5)} into {root} by hand") from error

@@ -1,5 +1,6 @@
 """Oxford Flowers-102."""
 
+import errno
 import os
 from typing import Callable, List, Optional, Tuple
 
@@ -12,18 +13,20 @@ from torchvision.datasets.vision import VisionDataset
 class Flowers(DatasetFolder):
     """`Oxford Flowers-102 <https://www.robots.ox.ac.uk/~vgg/data/flowers/102/>`_.
 
-    2040 train images, the official train and validation sets together (1020 + 1020), and 6149 test
-    images, all by `setid.mat`. Items are an RGB PIL image, or what `transform` makes of it, and a
-    label: an int, 0 to 101, one less than in `imagelabels.mat`.
+    There are 2040 train images, which are the official train and validation sets together
+    (1020 + 1020), and 6149 test images, as `setid.mat` lists them. An item is an RGB PIL image, or
+    what `transform` makes of it, and a label: an int from 0 to 101, one less than in
+    `imagelabels.mat`.
 
     Args:
         root: folder with `jpg/image_00001.jpg` and so on, `imagelabels.mat` and `setid.mat`.
-        train: the train images, or else the test images.
-        transform: applied to the image.
+        train: True for the train images, False for the test images.
+        transform: applied to each image.
         download: download what is missing (345 MB in all).
 
-    Raises FileNotFoundError for a file or listed image that is missing, ValueError for a .mat file
-    that cannot be read or has a number out of range; an item, what Pillow raises for a broken one.
+    Raises FileNotFoundError for a missing file or listed image, and ValueError for a .mat file that
+    cannot be read or has a number out of range. Indexing raises whatever Pillow raises for a broken
+    image.
     """
 
     url = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -38,42 +41,57 @@ class Flowers(DatasetFolder):
                  download: bool = False) -> None:
         # DatasetFolder gives len() and items; its own __init__ would search the folder for classes.
         VisionDataset.__init__(self, root, transform=transform)
-        self.train, self.loader = train, pil_loader
-        for _ in self.md5 if download else ():  # at most each file
-            try:
-                self._find_images()
-            except FileNotFoundError as error:
-                name = os.path.basename(error.filename)
-                if name in self.md5:  # it gets this name, for other processes, when it is whole
-                    download_url(self.url + name, self.root, name + ".part", self.md5[name])
-                    os.replace(error.filename + ".part", error.filename)
-                else:
-                    name = "102flowers.tgz"
-                    download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
-        self.samples = self._find_images()
+        self.loader = pil_loader
+        if download:
+            self.download(self.root)
+        for path in self.missing(self.root, train):
+            raise FileNotFoundError(errno.ENOENT, "missing from Oxford Flowers-102", path)
+        self.samples = self._list_images(self.root, train)
         self.targets = [label for _, label in self.samples]
 
-    def _find_images(self) -> List[Tuple[str, int]]:
-        """Path and label of each image, which must be there."""
-        labels = self._read("imagelabels.mat", "labels", highest=len(self.classes))
-        splits = ("trnid", "valid") if self.train else ("tstid",)
-        indices = [i for name in splits for i in self._read("setid.mat", name, len(labels))]
-        folder = os.path.join(self.root, "jpg")
-        samples = [(os.path.join(folder, f"image_{i + 1:05d}.jpg"), labels[i]) for i in indices]
-        present = {os.path.join(folder, name) for name in os.listdir(folder)}
-        for path in sorted(dict(samples).keys() - present):  # one look, also over NFS
-            os.stat(path)  # raises FileNotFoundError
-        return samples
+    @classmethod
+    def missing(cls, root: str, train: bool) -> List[str]:
+        """Paths that this split needs and that do not exist: .mat files, else images."""
+        lists = [os.path.join(root, name) for name in cls.md5 if name.endswith(".mat")]
+        absent = [path for path in lists if not os.path.isfile(path)]
+        if absent:
+            return absent
+        folder = os.path.join(root, "jpg")
+        present = set(os.listdir(folder)) if os.path.isdir(folder) else ()  # quick, also over NFS
+        return sorted(path for path, _ in cls._list_images(root, train)
+                      if os.path.basename(path) not in present)
 
-    def _read(self, name: str, variable: str, highest: int) -> List[int]:
-        """The numbers of a variable, from 1 to `highest` in the file, from 0 here."""
-        path = os.path.join(self.root, name)
-        with open(path, "rb") as file:
-            try:
+    @classmethod
+    def download(cls, root: str) -> None:
+        """Download what is missing. Only one process at a time may do this."""
+        for name in cls.md5:
+            path = os.path.join(root, name)
+            if name.endswith(".mat") and not os.path.isfile(path):
+                # Other processes must not see the file under its name before it is complete.
+                download_url(cls.url + name, root, name + ".part", cls.md5[name])
+                os.replace(path + ".part", path)
+        if cls.missing(root, True) + cls.missing(root, False):
+            name = "102flowers.tgz"
+            download_and_extract_archive(cls.url + name, root, md5=cls.md5[name])
+
+    @classmethod
+    def _list_images(cls, root: str, train: bool) -> List[Tuple[str, int]]:
+        """Path and label of each image of a split."""
+        labels = cls._read(root, "imagelabels.mat", "labels", highest=len(cls.classes))
+        splits = ("trnid", "valid") if train else ("tstid",)
+        indices = [i for name in splits for i in cls._read(root, "setid.mat", name, len(labels))]
+        return [(os.path.join(root, "jpg", f"image_{i + 1:05d}.jpg"), labels[i]) for i in indices]
+
+    @staticmethod
+    def _read(root: str, name: str, variable: str, highest: int) -> List[int]:
+        """The numbers of a variable: 1 to `highest` in the file, 0 to `highest` - 1 here."""
+        path = os.path.join(root, name)
+        try:
+            with open(path, "rb") as file:
                 numbers = scipy.io.loadmat(file)[variable].ravel().astype(int).tolist()
-                if not numbers:
-                    raise ValueError("it is empty")
-                return [range(1, highest + 1).index(number) for number in numbers]
-            except Exception as error:  # SciPy raises all sorts on a damaged file
-                raise ValueError(f"{path}: cannot read {variable!r}, numbers from 1 to {highest}: "
-                                 f"{error!r}") from error
+            if not numbers:
+                raise ValueError("it is empty")
+            return [range(1, highest + 1).index(number) for number in numbers]
+        except Exception as error:  # SciPy raises almost anything for a damaged file
+            raise ValueError(f"{path}: cannot read {variable!r}, numbers from 1 to {highest}: "
+                             f"{error!r}") from error

@@ -1,5 +1,6 @@
 """Oxford-IIIT Pets."""
 
+import errno
 import os
 from typing import Callable, List, Optional, Tuple
 
@@ -12,17 +13,17 @@ class Pets(DatasetFolder):
     """`Oxford-IIIT Pets <https://www.robots.ox.ac.uk/~vgg/data/pets/>`_.
 
     37 breeds of cats and dogs: 3680 train images (`trainval.txt`) and 3669 test images
-    (`test.txt`). Items are an RGB PIL image, or what `transform` makes of it, and a label: an int,
-    0 to 36, one less than in the lists. Some files named .jpg are PNG or GIF images.
+    (`test.txt`). An item is an RGB PIL image, or what `transform` makes of it, and a label: an int
+    from 0 to 36, one less than in the lists. Some files named .jpg are PNG or GIF images.
 
     Args:
         root: folder with `images/`, `annotations/trainval.txt` and `annotations/test.txt`.
-        train: the train images, or else the test images.
-        transform: applied to the image.
+        train: True for the train images, False for the test images.
+        transform: applied to each image.
         download: download what is missing (811 MB in all).
 
-    Raises FileNotFoundError for a list or listed image that is missing, ValueError for a malformed
-    line of a list; an item, what Pillow raises where it cannot be decoded.
+    Raises FileNotFoundError for a missing list or listed image, and ValueError for a malformed line
+    of a list. Indexing raises whatever Pillow raises for a broken image.
     """
 
     url = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
@@ -36,31 +37,52 @@ class Pets(DatasetFolder):
                  download: bool = False) -> None:
         # DatasetFolder gives len() and items; its own __init__ would search the folder for classes.
         VisionDataset.__init__(self, root, transform=transform)
-        self.list = os.path.join(self.root, "annotations", "trainval.txt" if train else "test.txt")
         self.loader = pil_loader
-        for _ in self.md5 if download else ():  # at most each archive, the one with lists first
-            try:
-                self._find_images()
-            except FileNotFoundError as error:
-                name = "annotations.tar.gz" if error.filename == self.list else "images.tar.gz"
-                download_and_extract_archive(self.url + name, self.root, md5=self.md5[name])
-        self.samples = self._find_images()
+        if download:
+            self.download(self.root)
+        for path in self.missing(self.root, train):
+            raise FileNotFoundError(errno.ENOENT, "missing from Oxford-IIIT Pets", path)
+        self.samples = self._list_images(self.root, train)
         self.targets = [label for _, label in self.samples]
 
-    def _find_images(self) -> List[Tuple[str, int]]:
-        """Path and label of each image, which must be there, from lines of name, class and more."""
-        folder, samples = os.path.join(self.root, "images"), []
-        with open(self.list, encoding="utf-8-sig", errors="replace") as file:
+    @classmethod
+    def missing(cls, root: str, train: bool) -> List[str]:
+        """Paths that this split needs and that do not exist: its list, else images."""
+        path = cls._list_path(root, train)
+        if not os.path.isfile(path):
+            return [path]
+        folder = os.path.join(root, "images")
+        present = set(os.listdir(folder)) if os.path.isdir(folder) else ()  # quick, also over NFS
+        return sorted(path for path, _ in cls._list_images(root, train)
+                      if os.path.basename(path) not in present)
+
+    @classmethod
+    def download(cls, root: str) -> None:
+        """Download what is missing. Only one process at a time may do this."""
+        if not all(os.path.isfile(cls._list_path(root, train)) for train in (True, False)):
+            name = "annotations.tar.gz"
+            download_and_extract_archive(cls.url + name, root, md5=cls.md5[name])
+        if cls.missing(root, True) + cls.missing(root, False):
+            name = "images.tar.gz"
+            download_and_extract_archive(cls.url + name, root, md5=cls.md5[name])
+
+    @staticmethod
+    def _list_path(root: str, train: bool) -> str:
+        return os.path.join(root, "annotations", "trainval.txt" if train else "test.txt")
+
+    @classmethod
+    def _list_images(cls, root: str, train: bool) -> List[Tuple[str, int]]:
+        """Path and label of each image of a split, from lines of name, class and more."""
+        path, samples = cls._list_path(root, train), []
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             for line in filter(str.strip, file):
                 try:
-                    name, label = line.split()[:2]
-                    samples.append((os.path.join(folder, name + ".jpg"), self.classes.index(label)))
+                    name, number = line.split()[:2]
+                    label = cls.classes.index(number)
                 except ValueError as error:
-                    raise ValueError(f"{self.list}: expected a name and a class from 1 to "
-                                     f"{len(self.classes)}, found {line.strip()[:80]!r}") from error
+                    raise ValueError(f"{path}: expected a name and a class from 1 to "
+                                     f"{len(cls.classes)}, found {line.strip()[:80]!r}") from error
+                samples.append((os.path.join(root, "images", name + ".jpg"), label))
         if not samples:
-            raise ValueError(f"{self.list} lists no images")
-        present = {os.path.join(folder, name) for name in os.listdir(folder)}
-        for path in sorted(dict(samples).keys() - present):  # one look, also over NFS
-            os.stat(path)  # raises FileNotFoundError
+            raise ValueError(f"{path} lists no images")
         return samples

@@ -1,30 +1,43 @@
 #!/usr/bin/env python3
 """What each process of a run executes: DeiT's main(args), patched by the package deit_plugin."""
+import os
+import socket
 import sys
 
 from deit_plugin import checkout, errors
 
 
-def main():
+def be_one_of_one() -> None:
+    """Without a launcher, as in a debugger, be a process group of one, as with a launcher."""
+    if not os.environ.get("RANK"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+
+
+def main() -> None:
     """Fine-tune, with DeiT's flags and ours on the command line."""
     errors.die_with_launcher()
     deit = checkout.import_main()
     import datasets  # ours, as import_main has made sure
-    from deit_plugin import check, cpu, options, output
+    from deit_plugin import check, cpu, data, options, output
     from deit_plugin.run import Run
 
-    args = options.parse(deit, datasets.DATA_SETS, sys.argv[1:])
+    args, plan = options.parse(deit, datasets.DATA_SETS, sys.argv[1:])
     if args.device == "cpu":
         cpu.patch(deit)
-    if args.check:
-        sys.exit(check.report(deit, args))
-    options.check_gpus(args)
-    folder = output.RunFolder(args)
+    if plan.check:
+        sys.exit(check.check(deit, args, plan))
+    options.check_gpus(args, plan)
+    be_one_of_one()
+    folder = output.RunFolder(args.output_dir)
     if args.rank == 0 and not args.eval:
         folder.claim()
-    start = folder.find_start(args)
+    start = output.find_start(args, plan)
     if start.epoch < args.epochs:
-        Run(deit, args, folder, start).train()
+        Run(deit, args, plan, data.load(args), folder, start).run_deit()
     elif args.rank == 0:
         print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
               "it to --resume, with more --epochs and another --output_dir")

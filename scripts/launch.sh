@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the recipes share: the common hyper-parameters, and torch's launcher.
-set -euo pipefail
+command set -euo pipefail 2>/dev/null || { echo "error: not with sh: type bash $0" >&2; exit 2; }
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 
@@ -9,18 +9,25 @@ usage() {
 usage: scripts/{cifar10,cifar100,flowers,pets}.sh --resume CONVERTED --data-path FOLDER
                                                   --output_dir FOLDER [any flag of DeiT's]
 
-Fine-tunes a converted MoCo v3 checkpoint with DeiT by the published recipe, which your own flags
-override. The same command again continues a run that was stopped.
+Fine-tunes a converted MoCo v3 checkpoint with DeiT, using the published recipe. Your own flags
+override the recipe. The same command again continues a run that was stopped.
 
-  --accum-iter N     for fewer GPUs: batches per process for one optimizer step
-  --data-set folder  for your own images, in train/CLASS/ and val/CLASS/ of --data-path
-  --check            check what a launch needs, and every image; train nothing
+  --accum-iter N     for fewer GPUs: accumulate N batches per process for one optimizer step
+  --data-set folder  your own images, in train/CLASS/ and val/CLASS/ below --data-path
+  --download         download Flowers or Pets if they are missing
+  --eval             evaluate a run's checkpoint, given by --resume; train nothing
+  --overwrite        start from scratch and delete the run that is in --output_dir
+  --check            check everything a launch needs, and every image; train nothing
   --dry-run          print the complete command and stop
   --all-flags        list every flag, DeiT's and ours
 
-environment: DEIT_DIR (the checkout that the bundle was copied into), PYTHON (python3),
-NPROC_PER_NODE (8: processes, one for each GPU), and for several machines NNODES (1), NODE_RANK,
-MASTER_ADDR, MASTER_PORT (29500)
+environment variables and their defaults:
+  DEIT_DIR           the DeiT checkout (default: the folder that this bundle was copied into)
+  PYTHON             the Python to use (default: python3)
+  NPROC_PER_NODE     processes on this machine, one per GPU (default: 8)
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+                     for several machines: their number (default: 1), this one's number from 0,
+                     the address and a free port (default: 29500) of the first
 END
 }
 
@@ -32,7 +39,7 @@ refuse() {
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
 : "${NPROC_PER_NODE:=8}" "${NNODES:=1}" "${MASTER_PORT:=29500}"
-if [[ $NNODES == 1 ]]; then # what the environment says is for several machines
+if [[ $NNODES == 1 ]]; then # such variables in the environment are for several machines
     NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + RANDOM % 20000))
 fi
 for number in NPROC_PER_NODE NNODES MASTER_PORT; do
@@ -42,9 +49,9 @@ if ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((10#$NODE_RANK >= NNODES)); then
     refuse "NODE_RANK=${NODE_RANK:-}: must be 0 to $((NNODES - 1)), for NNODES=$NNODES machines"
 fi
 [[ -n ${MASTER_ADDR:-} ]] || refuse "MASTER_ADDR is missing: set it to the first machine's address"
-alone=(env "NPROC_PER_NODE=$NPROC_PER_NODE" "WORLD_SIZE=$((NPROC_PER_NODE * NNODES))"
+single_process=(env "NPROC_PER_NODE=$NPROC_PER_NODE" "WORLD_SIZE=$((NPROC_PER_NODE * NNODES))"
     ${DEIT_DIR:+"DEIT_DIR=$DEIT_DIR"} "$python" -u)
-start=("${alone[@]}" "$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE"
+start=("${single_process[@]}" "$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE"
     --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
@@ -53,9 +60,9 @@ run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;
-        --all-flags) start=("${alone[@]}"); run=("$here/finetune.py" --help); break ;;
+        --all-flags) start=("${single_process[@]}"); run=("$here/finetune.py" --help); break ;;
         --dry-run) dry_run=yes ;;
-        --check) start=("${alone[@]}"); run+=(--check) ;; # one process looks ahead to WORLD_SIZE
+        --check) start=("${single_process[@]}"); run+=(--check) ;; # it looks ahead to WORLD_SIZE
         *) run+=("$argument") ;;
     esac
 done

@@ -1,44 +1,37 @@
-"""What the end-to-end tests share: a DeiT, small data, a converted checkpoint, launches.
-
-The DeiT is the miniature in mini_deit/, or with DEIT_DIR set a real checkout. Most tests need one
-process and one era of the miniature (its HEAD); where two or all count, the test says so.
-"""
+"""What the tests share: small data, a converted checkpoint, and readers of what a run leaves."""
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survive a fork
 
-import forked
-import generate
+import pytest  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-sys.path.append(str(ROOT / "tests" / "mini_deit"))
+import generate  # noqa: E402
+from launches import DEIT, DEPTH, REAL_DEIT, ROOT, SCRIPTS, TESTS, WIDTH, fork  # noqa: E402
+
+sys.path[:0] = [str(ROOT), str(SCRIPTS)]
+sys.path.append(str(TESTS / "mini_deit"))
 
 import convert_to_deit  # noqa: E402
 
-REAL_DEIT = os.environ.get("DEIT_DIR")
-DEIT = Path(REAL_DEIT or ROOT / "tests" / "mini_deit").resolve()
-MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
-                       else ("deit_micro_patch16_224", 64, 2))
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
 ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
+IS_HEAD = (DEIT / "augment.py").exists()
 TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
 
 
 def cells(*fast):
-    """Parameters: each recipe in each DeiT. The others than ``fast`` are slow if there are many."""
+    """Parameters: each recipe in each DeiT. If there are many, all but the ``fast`` are slow."""
     return [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in fast
                          else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_runtest_setup(item):
@@ -48,7 +41,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """The data sets, named like their --data-set. Of a recipe's: TRAIN_IMAGES, 21 test images."""
+    """The data sets, named like their --data-set: TRAIN_IMAGES and 21 test images per recipe."""
     folder = tmp_path_factory.mktemp("data")
     generate.images(folder / "folder")
     generate.flowers(folder / "flowers")
@@ -60,7 +53,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A converted checkpoint that fits MODEL; where CONVERTED names a path, that one."""
+    """A converted checkpoint that fits MODEL; if CONVERTED names a path, that one."""
     folder = tmp_path_factory.mktemp("checkpoint")
     converted = Path(os.environ.get("CONVERTED", folder / "converted.pth"))
     if not converted.exists():
@@ -76,67 +69,11 @@ def flags(data, checkpoint, tmp_path):
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
 
 
-def environment(processes=1, era=None, **variables):
-    """The environment of a launch: with DEIT, this Python, and ``variables``; None removes one."""
-    known = {"DEIT_DIR": str(DEIT), "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes),
-             "MINI_DEIT_ERA": era}
-    merged = {**os.environ, **known, **variables}
-    return {name: value for name, value in merged.items() if value is not None}
-
-
-def command(recipe, *flags, scripts=ROOT / "scripts"):
-    """A launch of a recipe that takes seconds; ``flags`` come last."""
-    small = ["--device", "cpu", "--model", MODEL, "--input-size", "32", "--batch-size", "8",
-             "--epochs", "2", "--eval-freq", "1", "--save-freq", "1", "--num_workers", "0"]
-    return [str(part) for part in (scripts / f"{recipe}.sh", *small, *flags)]
-
-
-def launch(recipe, *flags, scripts=ROOT / "scripts", **variables):
-    """Launch a recipe as users do; return the completed process with its output as text."""
-    return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True, text=True,
-                          timeout=300, env=environment(**variables))
-
-
-def fork(recipe, *flags, scripts=ROOT / "scripts", script=None, altered="", alone=False,
-         **variables):
-    """What ``launch`` does, without torch's launcher and in a fraction of the time: see forked.py.
-
-    script: one of tests/ to run in the place of finetune.py; altered: lines of Python to run before
-    it; alone: without a process group.
-    """
-    done = launch(recipe, *flags, "--dry-run", scripts=scripts, **variables)
-    if done.returncode:
-        return done
-    words = shlex.split(done.stdout)
-    start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
-    alone = alone or "--nnodes" not in words[:start]  # as with --check
-    said = dict(word.split("=", 1) for word in words[1:start] if "=" in word)  # after env
-    return forked.run(ROOT / "tests" / script if script else words[start], words[start + 1:],
-                      {**environment(**variables), **said},
-                      0 if alone else variables.get("processes", 1), altered)
-
-
 def train(recipe, *flags, **options):
     """As ``fork``, and it must succeed."""
     done = fork(recipe, *flags, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-def after_saving(line):
-    """For ``fork``'s altered: a line of Python to run once checkpoint.pth has been written."""
-    return f"""
-import os, resource, signal
-import convert_to_deit
-save = convert_to_deit.save
-def save_and_more(state, path):
-    save(state, path)
-    if path.endswith("/checkpoint.pth"):
-        {line}
-convert_to_deit.save = save_and_more"""
-
-
-KILLED = after_saving("os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def error_of(done, status=2):

@@ -1,9 +1,8 @@
-"""The published way, re-created: DeiT with the edits that MoCo v3's instructions ask for.
+"""The published procedure, re-implemented: DeiT with the edits that MoCo v3's instructions ask for.
 
 Data sets without checks, torchvision's own transforms, ``--resume`` with ``strict=False`` after
-the weight average was made, no standing in for any function of DeiT's. What DeiT needs on newer
-versions and without a GPU is taken from the bundle. Run as ``finetune.py`` is; flags that DeiT
-does not have are left out.
+the EMA was made, and no function of DeiT replaced. What DeiT needs on newer versions and without a
+GPU comes from the bundle. It runs like ``finetune.py``; flags that DeiT does not have are ignored.
 """
 import argparse
 import os
@@ -24,7 +23,7 @@ from deit_plugin import cpu, versions  # noqa: E402
 
 
 class Images(list):
-    """Paths and labels, of images that are opened when asked for."""
+    """Paths and labels; an image is opened when it is indexed."""
 
     def __getitem__(self, index):
         path, label = super().__getitem__(index)
@@ -64,7 +63,7 @@ def build_dataset(is_train, args):
 
 
 def main():
-    versions.quieten_age()
+    versions.silence_known_warnings()
     versions.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset

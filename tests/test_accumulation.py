@@ -7,13 +7,17 @@ import functools
 
 import pytest
 
-from conftest import ERAS, KILLED, fork, log_of, rates_of, saved, train
+from conftest import ERAS, log_of, rates_of, saved, train
+from launches import after_saving, fork, kill_itself
 
 CLIPPING = {"2021": ["--clip-grad", "0.5"]}  # in one era; it would hide a wrong scale elsewhere
-SUM_OF_FOUR = """
-from timm.loss import LabelSmoothingCrossEntropy as Loss
-forward = Loss.forward
-Loss.forward = lambda self, *arguments: 4 * forward(self, *arguments)"""
+
+
+def sum_four_losses():
+    from timm.loss import LabelSmoothingCrossEntropy as Loss
+
+    forward = Loss.forward
+    Loss.forward = lambda self, *arguments: 4 * forward(self, *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +29,15 @@ def tuned(data, checkpoint, tmp_path_factory):
         train("pets", "--data-set", "folder", "--data-path", data / "folder",
               "--resume", checkpoint, "--output_dir", folder, "--batch-size", "2",
               "--accum-iter", accum_iter, "--opt", "sgd", "--lr", "3", "--warmup-epochs", "0",
-              "--mixup", "0", "--model-ema-decay", "0.8",
-              "--weight-decay", "0",  # DeiT of 2020 decays other weights without a process group
-              *CLIPPING.get(era, []), processes=processes, era=era, **options)
+              "--mixup", "0", "--model-ema-decay", "0.8", *CLIPPING.get(era, []),
+              processes=processes, era=era, **options)
         return folder
 
     return tune
 
 
 def distance(run, other):
-    """The largest difference of any weight or average between two runs."""
+    """The largest difference of any weight or EMA between two runs."""
     states = [saved(folder / "checkpoint.pth") for folder in (run, other)]
     return max((states[0][part][name] - states[1][part][name]).abs().max().item()
                for part in ("model", "model_ema") for name in states[0][part])
@@ -57,18 +60,17 @@ def test_fewer_processes_train_what_four_train(era, processes, accum_iter, tuned
 
 def test_a_wrong_gradient_would_be_found(tuned):
     """Four times as large, as without averaging."""
-    wrong = tuned(ERAS[-1], 1, 4, altered=SUM_OF_FOUR)
+    wrong = tuned(ERAS[-1], 1, 4, before=sum_four_losses)
     assert distance(wrong, tuned(ERAS[-1], 4, 1)) > 1e-3
 
 
-def test_without_a_process_group(tuned):
-    """DeiT's HEAD has another sampler there."""
-    assert_same(tuned(ERAS[-1], 1, 4, alone=True), tuned(ERAS[-1], 4, 1))
+def test_without_a_launcher(tuned):
+    assert_same(tuned(ERAS[-1], 1, 4, by_hand=True), tuned(ERAS[-1], 4, 1))
 
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])
 def test_continuing_with_another_number_of_processes(first, then, tuned, tmp_path):
-    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, altered=KILLED)
+    tuned(ERAS[-1], *first, folder=tmp_path, train=fork, before=after_saving(kill_itself))
     assert len(log_of(tmp_path)) == 1
     tuned(ERAS[-1], *then, folder=tmp_path)
     assert_same(tmp_path, tuned(ERAS[-1], 4, 1))

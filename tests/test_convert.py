@@ -14,8 +14,9 @@ import torch
 
 import convert_to_deit
 import generate
-from conftest import ROOT, error_of
+from conftest import error_of
 from convert_to_deit import load, main, recognise
+from launches import ROOT
 
 SCALARS = [numpy.float64(3e-4), numpy.float32(1), numpy.int64(7), numpy.bool_(True)]
 LEARNED = torch.ones(1, 197, 64)  # a position embedding that is not MoCo v3's
@@ -76,7 +77,7 @@ def assert_same(expected, path):
 @pytest.mark.parametrize("form", ["zip", "compressed", "legacy"])
 def test_moco_checkpoint_is_converted_bit_for_bit(tmp_path, capfd, prefix, form):
     content = generate.moco_checkpoint(tmp_path / "unused", width=64, depth=2, prefix=prefix)
-    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40] * 16)
+    odd = torch.tensor([3.4e38, -0.0, 1 / 3, 1e-40] * 16)
     content["state_dict"][prefix + "base_encoder.norm.bias"] = odd
     path = str(tmp_path / "input.pth")
     torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
@@ -205,16 +206,21 @@ class RunsCode:
 
 
 @pytest.mark.skipif(not convert_to_deit.SAFE_AND_MAPPED, reason="torch before 2.1")
-def test_code_is_not_run_and_the_advice_saves_the_weights(tmp_path, capfd, monkeypatch):
+def test_code_in_a_file_runs_only_if_it_is_trusted(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PROOF", str(tmp_path / "proof"))
-    content = {"state_dict": MOCO, "extra": RunsCode()}
-    status, output = run(tmp_path, content, "it's mine.pth")
+    status, output = run(tmp_path, {"state_dict": MOCO, "extra": RunsCode()})
     line = refusal(capfd, status, tmp_path)
-    assert "open" in line and not (tmp_path / "proof").exists()
-    advice = re.search(r"python (-c .*) and pass", line)[1]
-    subprocess.run(f"{sys.executable} {advice}", shell=True, check=True)
-    assert run(tmp_path, None, "it's mine.pth.weights")[0] == 0
+    assert "open" in line and "--trust" in line and not (tmp_path / "proof").exists()
+    main(["--input", str(tmp_path / "input.pth"), "--output", str(output), "--trust"])
     assert_same(renamed(MOCO, r"base_encoder\.", ""), output)
+    assert (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capfd, value):
+    broken = {**MOCO, "base_encoder.blocks.1.norm1.bias": torch.full((64,), value).half()}
+    line = refusal(capfd, run(tmp_path, broken)[0], tmp_path)
+    assert "blocks.1.norm1.bias" in line and "NaN" in line
 
 
 @pytest.mark.parametrize("error, words", [

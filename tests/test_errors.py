@@ -8,8 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import arguments as mini_deit
 import generate
-from conftest import ROOT, environment, error_of, fork, launch, log_of, train
+from conftest import error_of, log_of, train
 from deit_plugin import errors, options, weights
+from launches import ROOT, environment, fork, launch
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -154,9 +155,10 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
                  "moco_v3_vit_small_patch16_224", "--batch-size", "2", "--accum-iter", "2",
                  processes=8)
     assert done.stdout.splitlines()[-1] == "ready"
-    for word in ("70", "49 train and 21 test", "32 = 8 processes x 2 images x 2 accumulated",
-                 "2 steps per epoch", "0.0003 x 32 / 512", "--accum-iter 64 restores",
-                 "--epochs 2 (published: 100)", str(small)):
+    for word in ("all 70 can be decoded", "49 train and 21 test",
+                 "32 = 8 processes x 2 images x 2 accumulated", "2 steps per epoch",
+                 "0.0003 x 32 / 512", "--accum-iter 64 restores", "--epochs 2 (published: 100)",
+                 str(small)):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
     assert "model: --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout

@@ -1,13 +1,21 @@
 """The four recipes as a user launches them: trained, killed, and continued to the end."""
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import KILLED, MODEL, TRAIN_IMAGES, assert_rates, cells, fork, log_of, saved, train
-from underway import end_of, kill_all, running, wait_for
+from conftest import TRAIN_IMAGES, assert_rates, cells, log_of, saved, train
+from launches import (
+    MODEL,
+    after_saving,
+    end_of,
+    fork,
+    kill_all,
+    kill_itself,
+    running,
+    wait_for,
+)
 
 # Of some 100 ms each in the miniature: time to kill.
 EPOCHS, WARMUP = 12 if "micro" in MODEL else 5, 2
@@ -20,15 +28,17 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
     flags = ["--resume", checkpoint, "--data-path", data / recipe, "--output_dir", tmp_path,
              "--epochs", EPOCHS, "--warmup-epochs", WARMUP, "--eval-freq", "2",
              "--num_workers", "1"]
-    options = {"era": era, "processes": 2, "PYTHONPATH": str(Path(__file__).with_name("any_cifar"))}
-    if recipe == "pets" or request.config.getoption("--all"):  # by the launcher
+    options = {"era": era, "processes": 2}
+    through_launcher = recipe == "pets" or (
+        recipe == "flowers" and request.config.getoption("--all"))
+    if through_launcher:
         with running(recipe, *flags, **options) as run:
             wait_for((tmp_path / "checkpoint.pth").exists, seconds=300)
             kill_all(run, tmp_path)
             killed = end_of(run)
         assert killed.stderr == ""
     else:  # here the other process may still say that it has lost this one
-        killed = fork(recipe, *flags, **options, altered=KILLED)
+        killed = fork(recipe, *flags, **options, before=after_saving(kill_itself))
         assert killed.returncode == -signal.SIGKILL
     for said in (f"on {recipe}: {TRAIN_IMAGES[recipe]} train and 21 test images",
                  "16 = 2 processes x 8 images", "3 steps", str(checkpoint), "head is new"):
@@ -41,7 +51,7 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
     for name, start in saved(checkpoint)["model"].items():
         if name != "pos_embed":  # which is resampled to the input size here
             average = state["model_ema"][name]
-            assert torch.allclose(average, start, atol=1e-5), "averages from random weights"
+            assert torch.allclose(average, start, atol=1e-5), "the EMA started from random weights"
     marked = {name: torch.full_like(value, 7) for name, value in state["model_ema"].items()}
     torch.save({**state, "model_ema": marked}, tmp_path / "marked.pth")
     os.replace(tmp_path / "marked.pth", tmp_path / "checkpoint.pth")  # the old one is mapped

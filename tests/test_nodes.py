@@ -7,12 +7,24 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
-from conftest import ROOT, command, environment, error_of, fork, log_of, train
-from forked import free_port
-from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
+from conftest import error_of, log_of, train
+from launches import (
+    ROOT,
+    command,
+    end_of,
+    environment,
+    fork,
+    free_port,
+    kill_all,
+    processes_of,
+    running,
+    wait_for,
+    wait_for_epochs,
+)
 
 
 @contextlib.contextmanager
@@ -39,8 +51,11 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
 
 
 def test_machines_launched_with_different_flags_are_refused(flags, tmp_path):
-    on_rank_1 = "import os, sys\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.01']"
-    line = error_of(fork("pets", *flags, processes=2, altered=on_rank_1,
+    def change_rank_1():
+        if os.environ["RANK"] == "1":
+            sys.argv += ["--lr", "0.01"]
+
+    line = error_of(fork("pets", *flags, processes=2, before=change_rank_1,
                          FINETUNE_FIRST_FAILURE=str(tmp_path / "first")))
     assert "--lr 0.01 (rank 0: 0.0003)" in line or "--lr 0.0003 (rank 1: 0.01)" in line
     assert not (tmp_path / "run" / "run.json").exists()
@@ -139,7 +154,7 @@ def test_slurm_job_that_cannot_run_says_why(arguments, variables, says, slurm, t
 def test_a_requeued_job_of_a_real_slurm_continues(flags, tmp_path):
     asked = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10",
              f"--output={tmp_path / 'job'}", ROOT / "scripts" / "slurm.sh", "pets"]
-    job = subprocess.run(["sbatch", *asked, *command("pets", *flags, "--epochs", "200")[1:]],
+    job = subprocess.run(["sbatch", *asked, *command("pets", *flags, "--epochs", "200")[2:]],
                          stdout=subprocess.PIPE, text=True, check=True,
                          env=environment(2)).stdout.strip()
     wait_for_epochs(tmp_path / "run", 3)

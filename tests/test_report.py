@@ -6,7 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
-from conftest import ROOT, error_of
+from conftest import error_of
+from launches import ROOT
 
 
 def epoch_line(epoch, accuracy=None):

@@ -1,57 +1,64 @@
-"""--accum-iter N: one optimizer step for N batches of each process, as if by N times as many.
+"""--accum-iter N: each process takes N batches for one optimizer step, as N processes would.
 
-All of it acts on the arguments of DeiT's ``train_one_epoch``; with N = 1 it changes nothing.
+Four stand-ins for what DeiT's ``train_one_epoch`` is called with. With N = 1 they change nothing.
 """
-import itertools
+from typing import Any, Iterator, Tuple
 
-from torch.utils.data import BatchSampler, DistributedSampler
-
-
-def batches(loader, args, epoch):
-    """Of indices, for an epoch: what N ranks of DeiT's sampler would give to each step."""
-    has_ranks = hasattr(loader.sampler, "num_replicas")  # DeiT HEAD's plain one has not
-    kind = type(loader.sampler) if has_ranks else DistributedSampler
-    ranks = []
-    for turn in range(args.accum_iter):
-        sampler = kind(loader.dataset, num_replicas=args.world_size * args.accum_iter,
-                       rank=args.rank * args.accum_iter + turn, shuffle=True)
-        sampler.set_epoch(epoch)
-        ranks.append(BatchSampler(sampler, loader.batch_size, True))
-    return itertools.chain.from_iterable(zip(*ranks))
+import torch
 
 
-class Accumulation:
-    """Stands in, for an epoch, for data loader, optimizer, loss scaler and weight average."""
+class Loader:
+    """Stands in for the data loader, and knows which batches complete an optimizer step."""
 
-    def __init__(self, loader, model, optimizer, scaler, model_ema, accum_iter):
+    def __init__(self, loader: Any, model: torch.nn.Module, accum_iter: int) -> None:
         self.loader, self.model, self.accum_iter = loader, model, accum_iter
-        self.optimizer, self.scaler, self.model_ema = optimizer, scaler, model_ema
-        self.param_groups = optimizer.param_groups
-        self.is_second_order = getattr(optimizer, "is_second_order", False)
+        self.completes_step = False  # whether the batch that was handed out last does
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self):
-        for index, batch in enumerate(self.loader):
-            self.is_last = (index + 1) % self.accum_iter == 0
-            # What DistributedDataParallel.no_sync() sets, too; other models ignore it.
-            self.model.require_backward_grad_sync = self.is_last
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        for number, batch in enumerate(self.loader, start=1):
+            self.completes_step = number % self.accum_iter == 0
+            # DistributedDataParallel.no_sync() sets this, too; other models ignore it.
+            self.model.require_backward_grad_sync = self.completes_step
             yield batch
 
-    def zero_grad(self):
-        """Of the optimizer: done after each step, not before each batch."""
 
-    def __call__(self, loss, optimizer, create_graph=False, **options):
-        """Of timm's NativeScaler: it steps after the last batch only."""
-        loss = loss / self.accum_iter
-        if self.is_last:
+class Optimizer:
+    """Stands in for the optimizer: ``Scaler`` steps and clears the gradients."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.param_groups = optimizer.param_groups  # DeiT logs the learning rate
+        self.is_second_order = getattr(optimizer, "is_second_order", False)
+
+    def zero_grad(self) -> None:
+        """Do nothing: DeiT clears the gradients before every batch."""
+
+
+class Scaler:
+    """Stands in for timm's NativeScaler: steps only when ``loader`` has completed a step."""
+
+    def __init__(self, scaler: Any, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
+        self.scaler, self.optimizer, self.loader = scaler, optimizer, loader
+
+    def __call__(self, loss: torch.Tensor, optimizer: Optimizer, create_graph: bool = False,
+                 **options: Any) -> None:
+        loss = loss / self.loader.accum_iter
+        if self.loader.completes_step:
             self.scaler(loss, self.optimizer, create_graph=create_graph, **options)
             self.optimizer.zero_grad()
-        else:  # timm before 0.9 cannot do the first half alone
+        else:  # timm before 0.9 cannot do the backward pass alone
             self.scaler._scaler.scale(loss).backward(create_graph=create_graph)
 
-    def update(self, model):
-        """Of the weight average, which follows after a step only."""
-        if self.is_last:
-            self.model_ema.update(model)
+
+class Ema:
+    """Stands in for timm's ModelEma: updates only after an optimizer step."""
+
+    def __init__(self, ema: Any, loader: Loader) -> None:
+        self.ema, self.loader = ema, loader
+
+    def update(self, model: torch.nn.Module) -> None:
+        """Update the EMA if this batch has completed a step."""
+        if self.loader.completes_step:
+            self.ema.update(model)

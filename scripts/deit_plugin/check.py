@@ -1,73 +1,86 @@
-"""``--check``: all that a launch needs, and every image, without training."""
+"""``--check``: everything that a launch needs, and every image, without training."""
+from argparse import Namespace
 from multiprocessing.pool import ThreadPool
+from types import ModuleType
+from typing import Any, Callable, Optional, Tuple
 
-from . import options
+from . import data, options, output
 from .errors import REFUSED, UserError, one_line
-from .output import RunFolder
+from .options import Plan
 from .run import Run
+from .words import count
 
 
-def report(main, args):
-    """Check everything, but for what a problem entails; returns the exit status.
+def check(main: ModuleType, args: Namespace, plan: Plan) -> int:
+    """Run all checks, skipping those that depend on a failed one; return the exit status."""
+    problems = []
 
-    main: DeiT's module; args: options.parse's.
-    """
-    folder, problems = RunFolder(args), []
-
-    def ask(what, check, *arguments):
+    def ask(what: str, question: Callable, *arguments: Any) -> Any:
+        """Print the answer. A tuple is (answer to print, value to return)."""
         try:
-            found = check(*arguments)
-            print(f"ok       {what}: {getattr(found, 'path', found)}", flush=True)
-            return found
+            answer = question(*arguments)
+            text, value = answer if isinstance(answer, tuple) else (answer, answer)
+            print(f"ok       {what}: {text}", flush=True)
+            return value
         except UserError as error:
             problems.append(what)
             print(f"PROBLEM  {what}: {error}", flush=True)
             return None
 
-    ask("GPUs", options.check_gpus, args)
+    folder = output.RunFolder(args.output_dir)
+    ask("GPUs", options.check_gpus, args, plan)
     if args.output_dir and not args.eval:
         ask("output", folder.check)
-    start = ask("start", folder.find_start, args)
-    run = Run(main, args, folder, start)
-    if ask("data", _build_datasets, run):
-        if start and ask("model", _model, run) and not args.eval:
-            print(run.plan())
-        ask("images", decode, run.datasets, args.num_workers)
-    print(f"not ready: {options.count(len(problems), 'problem')}" if problems else "ready")
+    start = ask("start", _find_start, args, plan)
+    images = ask("data", _load, args)
+    if images and start:
+        run = ask("model", _create_model, main, args, plan, images, folder, start)
+        if run and not args.eval:
+            print(run.describe())
+    if images:
+        ask("images", decode, images, args.num_workers)
+    print(f"not ready: {count(len(problems), 'problem')}" if problems else "ready")
     return REFUSED if problems else 0
 
 
-def _build_datasets(run):
-    train, test = (run.build_dataset(is_train, run.args)[0] for is_train in (True, False))
-    train.transform = test.transform = None  # to look at images takes no more than to decode them
-    return f"{len(train)} train and {len(test)} test images"
+def _find_start(args: Namespace, plan: Plan) -> Tuple[str, output.Start]:
+    start = output.find_start(args, plan)
+    return start.path, start
 
 
-def _model(run):
-    args, classes = run.args, run.datasets[0].classes
-    model = run.create_model(args.model, num_classes=len(classes), drop_rate=args.drop,
+def _load(args: Namespace) -> Tuple[str, data.Data]:
+    images = data.load(args)
+    return f"{len(images.train)} train and {len(images.test)} test images", images
+
+
+def _create_model(main: ModuleType, args: Namespace, plan: Plan, images: data.Data,
+                  folder: output.RunFolder, start: output.Start) -> Tuple[str, Run]:
+    run = Run(main, args, plan, images, folder, start)
+    model = run.create_model(args.model, num_classes=len(images.classes), drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
     run.create_optimizer(args, model)
-    return f"{args.model} takes the weights"
+    return f"{args.model} takes the weights", run
 
 
-def decode(datasets, num_workers):
-    """Decode every image, in threads; the broken ones are listed."""
-    images = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
-    print(f"decoding {len(images)} images ...", flush=True)
+def decode(images: data.Data, num_workers: int) -> str:
+    """Decode every image, in threads. Raises UserError with a list of the broken ones."""
+    items = [(dataset, index) for dataset in (images.train, images.test)
+             for index in range(len(dataset))]
+    images.train.transform = images.test.transform = None  # decoding is enough
+    print(f"decoding {len(items)} images ...", flush=True)
     with ThreadPool(max(1, num_workers)) as pool:
-        broken = list(filter(None, pool.map(_why_broken, images)))
+        broken = list(filter(None, pool.map(_why_broken, items)))
     if broken:
-        heading = f"{len(broken)} of {len(images)} cannot be decoded; 20 at most are named:"
+        heading = f"{len(broken)} of {len(items)} cannot be decoded; 20 at most are named:"
         raise UserError("\n           ".join([heading, *broken[:20]]))
-    return f"all {len(images)} can be decoded"
+    return f"all {len(items)} can be decoded"
 
 
-def _why_broken(image):
-    """'', or one line that names the file."""
-    dataset, index = image
+def _why_broken(item: Tuple[Any, int]) -> Optional[str]:
+    """One line that names the file, or None."""
+    dataset, index = item
     try:
         dataset[index]
     except Exception as error:  # whatever it is, the image cannot be trained on
         return one_line(error)
-    return ""
+    return None

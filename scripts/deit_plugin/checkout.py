@@ -2,6 +2,7 @@
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from . import versions
 from .errors import UserError, one_line
@@ -9,10 +10,11 @@ from .errors import UserError, one_line
 BUNDLE = Path(__file__).resolve().parent.parent.parent
 
 
-def import_main():
+def import_main() -> ModuleType:
     """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm.
 
-    DeiT is in the folder ``DEIT_DIR``, or else in the one that this bundle was copied into.
+    DeiT is in the folder ``DEIT_DIR``, or else in the one that this bundle was copied into. Raises
+    UserError if it is not there or cannot be imported.
     """
     named = os.environ.get("DEIT_DIR", "")
     folder = Path(named or BUNDLE).expanduser().resolve()
@@ -20,21 +22,21 @@ def import_main():
         raise UserError(f"DEIT_DIR={named or '(not set)'}: {folder} is no DeiT checkout, with "
                         "main.py, engine.py and utils.py: git clone "
                         "https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
-    versions.quieten_age()
-    sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours is to be found
+    versions.silence_known_warnings()
+    sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours must come first
     try:
         versions.restore_pil_interp()
         import torch
 
-        import convert_to_deit  # noqa: F401 (so that it is missed here)
+        import convert_to_deit  # noqa: F401 (so that a missing copy is reported here)
         import main
-        from datasets import DATA_SETS  # noqa: F401 (which DeiT's own does not have)
+        from datasets import DATA_SETS  # noqa: F401 (fails if DeiT's datasets.py was imported)
 
-        torch.zeros(1).numpy()
-    except Exception as error:  # versions that do not fit can make it raise anything
-        raise UserError(f"cannot import DeiT of {folder} with the bundle of {BUNDLE}: "
-                        f"{type(error).__name__}: {one_line(error)}; copy all that README.md says, "
-                        f"datasets.py too, and type {sys.executable} -m pip install -r "
+        torch.zeros(1).numpy()  # fails if torch and NumPy do not fit together
+    except Exception as error:  # versions that do not fit can raise anything
+        raise UserError(f"cannot import DeiT from {folder} with the bundle in {BUNDLE}: "
+                        f"{type(error).__name__}: {one_line(error)}; copy all files that README.md "
+                        f"names, datasets.py too, and type {sys.executable} -m pip install -r "
                         "requirements.txt for versions that work; torch before 2.3 needs "
                         "'numpy<2'") from error
     versions.skip_pretrained_cfg(main)

@@ -1,16 +1,17 @@
-"""What DeiT, which takes a GPU for granted, needs to run with ``--device cpu``.
+"""What DeiT, which expects a GPU, needs to run with ``--device cpu``.
 
-A run on GPUs is not touched.
+Runs on GPUs are not affected.
 """
 import os
+from typing import Any
 
 import torch
 import torch.distributed
 
 
-def patch(main):
-    """Make DeiT run on the CPU, alone and with several processes."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else mixed precision wants the GPU that is there
+def patch(main: Any) -> None:
+    """Make DeiT run on the CPU, with one or several processes."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # mixed precision would use a GPU that is there
     use_gloo()
     sum_meters_on_cpu(main)
     wait_for_no_gpu()
@@ -18,14 +19,14 @@ def patch(main):
     keep_mixup_targets_on_cpu()
 
 
-def use_gloo():
-    """DeiT's ``init_distributed_mode`` knows nccl only, and takes a GPU for each process."""
+def use_gloo() -> None:
+    """DeiT's ``init_distributed_mode`` knows only nccl, and selects a GPU for each process."""
     init = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda backend, **rest: init("gloo", **rest)
     torch.cuda.set_device = lambda device: None
 
 
-def sum_meters_on_cpu(main):
+def sum_meters_on_cpu(main: Any) -> None:
     """DeiT's ``SmoothedValue`` sums over processes in a tensor on cuda."""
     def sum_over_processes(meter):
         if torch.distributed.is_initialized():
@@ -36,12 +37,12 @@ def sum_meters_on_cpu(main):
     main.utils.SmoothedValue.synchronize_between_processes = sum_over_processes
 
 
-def wait_for_no_gpu():
+def wait_for_no_gpu() -> None:
     """DeiT's ``engine`` calls ``torch.cuda.synchronize`` after every step."""
     torch.cuda.synchronize = lambda device=None: None
 
 
-def wrap_without_device_ids():
+def wrap_without_device_ids() -> None:
     """DeiT passes ``device_ids``, which torch refuses for a model on the CPU."""
     class DistributedDataParallelOnCpu(torch.nn.parallel.DistributedDataParallel):
         def __init__(self, module, device_ids=None, **kwargs):
@@ -50,7 +51,7 @@ def wrap_without_device_ids():
     torch.nn.parallel.DistributedDataParallel = DistributedDataParallelOnCpu
 
 
-def keep_mixup_targets_on_cpu():
+def keep_mixup_targets_on_cpu() -> None:
     """Mixup puts its targets on cuda up to timm 0.4.12; later ones follow the batch."""
     from timm.data import mixup
 

@@ -4,22 +4,26 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from typing import Any, Callable, Optional
 
 LAUNCHER = "FINETUNE_LAUNCHER_PID"  # set by launcher.py for its processes, like the next
 FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first to fail creates
-REFUSED = 2  # exit status before training, as argparse has it; later it is 1
-NOTICES = 4.0  # seconds in which the launcher notices a killed process and ends the others
+REFUSED = 2  # exit status before training, as with argparse; later it is 1
+MONITOR_INTERVAL = 1  # seconds after which torch's launcher looks at its processes again
 
 
 class UserError(Exception):
-    """A mistake the user can mend before training; its text is the line that is printed."""
+    """A mistake the user can fix before training; its text is the line that is printed."""
 
 
-def guard(run):
+def guard(run: Callable[[], None]) -> None:
     """Call ``run()``; if it fails, say why in one line and end the process with its status."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++, waiting for other processes, heeds no other
+    # A process blocked in a C++ collective never runs Python's signal handlers.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.excepthook = _ignore_lost_connections
     try:
         run()
     except UserError as error:
@@ -29,21 +33,22 @@ def guard(run):
     except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
         if line is None and FIRST_FAILURE in os.environ:
-            time.sleep(NOTICES)  # if a peer was killed, the launcher says so and ends this process
+            # If another process was killed, the launcher says so and ends this one meanwhile.
+            time.sleep(4 * MONITOR_INTERVAL)
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
-def die_with_parent(*_):
-    """Have Linux kill this process when its parent ends. Takes, as worker_init_fn, a number.
+def die_with_parent(*_: Any) -> None:
+    """Have Linux kill this process when its parent ends. Also usable as worker_init_fn.
 
     Measured: an orphaned data worker with a full queue waits forever, and a process in a C++
-    collective heeds no signal handler of Python's.
+    collective runs no Python signal handler.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG of prctl.h
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG in prctl.h
 
 
-def die_with_launcher():
+def die_with_launcher() -> None:
     """The same for a process of launcher.py, which may have ended already."""
     if LAUNCHER in os.environ:
         die_with_parent()
@@ -51,12 +56,21 @@ def die_with_launcher():
             _end(1)
 
 
-def one_line(error):
-    """The error's text on one line, or its class where it has none."""
+def _ignore_lost_connections(failure: Any) -> None:
+    """Show a thread's traceback, unless a data worker that it served was killed.
+
+    The main thread notices that, too, and reports it.
+    """
+    if not issubclass(failure.exc_type, (ConnectionError, EOFError)):
+        sys.excepthook(failure.exc_type, failure.exc_value, failure.exc_traceback)
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line, or its class if it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _known_cause(error):
+def _known_cause(error: Exception) -> Optional[str]:
     """The line for errors that name their cause; None for all others."""
     first, *_, last = (str(error).strip() or repr(error)).splitlines() * 2
     if isinstance(error, RuntimeError) and "out of memory" in first:
@@ -68,25 +82,25 @@ def _known_cause(error):
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full: {error.filename or last}: make room and launch again"
     if isinstance(error, (OSError, FloatingPointError)):  # the loss's, see Run.train_one_epoch
-        return last.split("OSError: ")[-1]  # a data worker's arrives with its whole traceback
+        return last.split("OSError: ")[-1]  # a data worker's comes with its whole traceback
     return None
 
 
-def _fail(text, status):
-    """Print the text, if no other process of this machine has failed before, and exit."""
+def _fail(text: str, status: int) -> None:
+    """Print the text, unless another process of this machine has failed before, and exit."""
     if FIRST_FAILURE in os.environ:
         try:
             open(os.environ[FIRST_FAILURE], "x").close()
         except FileExistsError:
             _end(status)
-        except OSError:  # the launcher is gone, and its folder with it, or that disk is full
+        except OSError:  # the launcher and its folder are gone, or that disk is full
             pass
-    sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all but rank 0
+    sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all ranks but 0
     _end(status)
 
 
-def _end(status):
-    """Exit without the clean-up of libraries, which would wait for peers that are gone."""
+def _end(status: int) -> None:
+    """Exit without the clean-up of libraries, which would wait for processes that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

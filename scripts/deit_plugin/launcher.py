@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from typing import Optional
 
 sys.path[0] = os.path.dirname(sys.path[0])  # scripts/, since this file is run as a script
 
 from deit_plugin import errors  # noqa: E402
 
 
-def main():
+def main() -> None:
     """Run torch's launcher on this script's arguments; exit as the first process that failed."""
     os.environ[errors.LAUNCHER] = str(os.getpid())
     warnings.simplefilter("ignore")
@@ -23,12 +24,12 @@ def main():
         sys.exit(launch(folder))
 
 
-def launch(folder):
-    """Start the processes, with torch's own files in ``folder``; returns what sys.exit takes."""
+def launch(folder: str) -> Optional[int]:
+    """Start the processes, with torch's own files in ``folder``; return the exit status."""
     try:
         from torch.distributed.run import main as launch_torch
 
-        sys.argv[1:1] = ["--monitor_interval", "1", "--log_dir", folder]
+        sys.argv[1:1] = ["--monitor_interval", str(errors.MONITOR_INTERVAL), "--log_dir", folder]
     except ImportError:  # before torch 1.9
         from torch.distributed.launch import main as launch_torch
 
@@ -44,7 +45,7 @@ def launch(folder):
             raise
         rank, failure = error.get_first_failure()
         who, status = f"rank {rank}", failure.exitcode
-    if status >= 0:  # it has said why
+    if status >= 0:  # the process has said why
         return status
     hint = ": out of memory?" if -status == signal.SIGKILL else ""
     sys.stderr.write(f"error: {who} was ended by {signal.Signals(-status).name}{hint}\n")

@@ -2,90 +2,99 @@
 import json
 import shlex
 import time
-from collections import Counter
+from argparse import Namespace
 from datetime import timedelta
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any, Dict, NamedTuple, Tuple
 
 import torch
 import torch.distributed
 
-from datasets import DATA_SETS
-
-from . import loaders, options, weights
-from .accumulation import Accumulation, batches
+from . import accumulation, loaders, options, weights
+from .data import Data
 from .errors import UserError, one_line
 from .evaluation import evaluate
-from .options import count
+from .options import Plan
+from .output import RunFolder, Start
+from .words import count, differing
 
-STAND_INS = ("build_dataset", "create_model", "create_optimizer", "train_one_epoch", "evaluate")
+STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
+             "train_one_epoch", "evaluate")
+
+
+class Trained(NamedTuple):
+    """What ``Run.train_one_epoch`` leaves to ``Run.evaluate``, which DeiT calls next."""
+
+    epoch: int  # from 0
+    stats: Dict[str, float]
+    parts: Dict[str, Any]  # whatever has a state_dict, by its key in the checkpoint
 
 
 class Run:
-    """Every method named like a function of DeiT's stands in for it, on all commits.
+    """Methods named like functions of DeiT's main.py stand in for them. DeiT's main(args) calls:
 
-    main: DeiT's module; args: options.parse's; folder: an output.RunFolder; start: output.Start.
+    1. init_distributed_mode: then all ranks can communicate, and print() works in rank 0 only.
+    2. manual_seed of torch and NumPy, with --seed + rank.
+    3. build_dataset, for train and test: gets what ``data`` contains already.
+    4. DataLoader, for train and test: never iterated. Ours use their sampler and batch size.
+    5. create_model: the weights must be loaded here, because next
+    6. ModelEma copies the model, and only after that all commits load their --resume.
+    7. DistributedDataParallel, create_optimizer, create_scheduler.
+    8. train_one_epoch, for each epoch: before the first, the state of optimizer, loss scaler and
+       EMA is restored, which exist only now, and log.txt is cut back.
+    9. lr_scheduler.step, after training, so each epoch has the rate of the one before.
+    10. evaluate: here the epoch ends. log.txt gets its line, then the checkpoint is written. DeiT
+        itself writes neither, since its args have no output_dir.
+
+    main: DeiT's module, as checkout.import_main returns it; the others as finetune.py makes them.
     """
 
-    def __init__(self, main, args, folder, start):
-        self.main, self.args, self.folder, self.start = main, args, folder, start
-        self.deit = SimpleNamespace(**vars(main))  # its functions, as they were
-        self.datasets = []  # train, test
-        self.differs = [*args.differs]  # from the recipe; a cut-down data set does, too
-        self.train_loader = self.test_loader = None
-        self.trained = {}  # the state after an epoch, unsaved until its line is in log.txt
-        self.best = {"epoch": None, "test_acc1": -1}  # rank 0's: the best row of log.txt
+    def __init__(self, main: ModuleType, args: Namespace, plan: Plan, data: Data,
+                 folder: RunFolder, start: Start) -> None:
+        self.main, self.args, self.plan, self.data = main, args, plan, data
+        self.folder, self.start = folder, start
+        self.deit = SimpleNamespace(**vars(main))  # DeiT's functions, which run_deit replaces
+        self.differs = (*plan.differs, *data.differs)  # from the published recipe
+        self.steps_per_epoch = 0 if args.eval else loaders.steps_per_epoch(
+            len(data.train), args, plan.accum_iter)
+        self.train_loader = self.test_loader = None  # created once and kept, with their workers
+        self.scheduler = self.trained = None
+        self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
+        self.began = time.monotonic()
 
-    def train(self):
-        """Run DeiT's ``main`` with this run's methods in the place of its functions."""
+    def run_deit(self) -> None:
+        """Run DeiT's ``main`` with this run's methods in place of its functions."""
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
-        self.main.utils.save_on_master = self.save_on_master
-        self.main.print = lambda *_: None  # says what this bundle says, too, and all arguments
-        # DeiT saves the weight average also where --no-model-ema left it out, and crashes.
-        self.main.get_state_dict = lambda average: average and self.deit.get_state_dict(average)
-        self.args.start_epoch = self.start.epoch
-        # Else the augmentation of the first epochs would be drawn again.
-        self.args.seed += self.args.world_size * self.start.epoch
-        self.main.main(self.args)
-        if self.args.rank == 0 and not self.args.eval:
-            self._commit()
+        self.main.print = lambda *_: None  # duplicates our own output and prints all arguments
+        args = options.for_deit(self.args, self.plan, self.start.epoch)
+        # Otherwise a resumed run would draw the augmentation of the first epochs again.
+        args.seed += args.world_size * self.start.epoch
+        self.main.main(args)
+        if not self.args.eval:
             path = self.folder.path
-            print(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
-                  f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
-                  f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
+            self._say(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
+                      f"{(self.best['epoch'] or 0) + 1}, {path / 'best_checkpoint.pth'}\n"
+                      f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
         self.train_loader = self.test_loader = None  # ends their workers
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
     # What DeiT calls, in its order
 
-    def build_dataset(self, is_train, args):
-        """The data set, large enough for a step of the optimizer."""
-        try:
-            dataset, classes = self.deit.build_dataset(is_train=is_train, args=args)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(one_line(error)) from error
-        self.datasets.append(dataset)
-        official = DATA_SETS[args.data_set].images.get(is_train, len(dataset))
-        if len(dataset) != official:
-            self.differs.append(f"{len(dataset)} {'train' if is_train else 'test'} images "
-                                f"(published: {official})")
-        if is_train and not args.eval:
-            self.steps = loaders.steps_per_epoch(len(dataset), args)
-        return dataset, classes
+    def build_dataset(self, is_train: bool, args: Namespace) -> Tuple[Any, int]:
+        """The images that were built before, and the number of classes."""
+        return self.data.train if is_train else self.data.test, len(self.data.classes)
 
-    def create_model(self, name, **kwargs):
-        """The model with its weights, before DeiT copies it for the weight average.
-
-        All commits load ``--resume`` after that copy, which then averages from random weights.
-        """
-        if torch.distributed.is_initialized():
+    def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
+        """The model with its weights."""
+        if torch.distributed.is_initialized():  # not under --check
             self._check_same_everywhere()
-        path, classes = self.start.path, self.datasets[0].classes
+        path, classes = self.start.path, self.data.classes
         its_classes = self.start.state.get("classes", classes)
         if its_classes != classes:
-            raise UserError(f"{path} is of a run on other classes, {', '.join(its_classes):.80}: "
-                            f"--data-path {self.args.data_path} must have the same")
+            raise UserError(f"{path} comes from a run on other classes, "
+                            f"{', '.join(its_classes):.80}: --data-path {self.args.data_path} must "
+                            "have the same")
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
@@ -96,136 +105,163 @@ class Run:
         weights.fit(model, self.start.state["model"], path, name)
         return model
 
-    def create_optimizer(self, args, model):
-        """DeiT's; timm raises all sorts for a name that it does not know."""
+    def create_optimizer(self, args: Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """DeiT's; timm can raise anything for a name that it does not know."""
         try:
             return self.deit.create_optimizer(args, model)
         except Exception as error:
             raise UserError(f"--opt {args.opt}: timm cannot make it: {one_line(error)}; the "
                             "recipes use adamw") from error
 
-    def train_one_epoch(self, model, criterion, data_loader, optimizer, device, epoch, loss_scaler,
-                        max_norm, model_ema, *mixup_fn, **kwargs):
-        """DeiT's, with data workers that last, and batches accumulated; before the first, begin."""
+    def create_scheduler(self, args: Namespace, optimizer: torch.optim.Optimizer
+                         ) -> Tuple[Any, int]:
+        """DeiT's, which is also part of a checkpoint."""
+        self.scheduler, epochs = self.deit.create_scheduler(args, optimizer)
+        return self.scheduler, epochs
+
+    def train_one_epoch(self, model: torch.nn.Module, criterion: Any, data_loader: Any,
+                        optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
+                        loss_scaler: Any, max_norm: float, model_ema: Any, *mixup_fn: Any,
+                        **kwargs: Any) -> Dict[str, float]:
+        """DeiT's, with persistent data workers and accumulated batches."""
+        parts = {"model": getattr(model, "module", model), "optimizer": optimizer,
+                 "lr_scheduler": self.scheduler, "scaler": loss_scaler,
+                 "model_ema": model_ema and model_ema.ema}
         if self.train_loader is None:
-            self._begin(data_loader, optimizer, loss_scaler, model_ema)
-        elif self.args.rank == 0:
-            self._commit()
+            self._begin(parts)
+            self.batches = loaders.Batches(data_loader, self.args, self.plan.accum_iter)
+            self.train_loader = loaders.persistent(data_loader, self.batches)
         began = time.monotonic()
-        self.train_loader.batch_sampler[:] = batches(data_loader, self.args, epoch)
-        steps = Accumulation(self.train_loader, model, optimizer, loss_scaler, model_ema,
-                             self.args.accum_iter)
+        self.batches.set_epoch(epoch)
+        loader = accumulation.Loader(self.train_loader, model, self.plan.accum_iter)
+        scaler = accumulation.Scaler(loss_scaler, optimizer, loader)
+        ema = model_ema and accumulation.Ema(model_ema, loader)
         try:
-            stats = self.deit.train_one_epoch(model, criterion, steps, steps, device, epoch, steps,
-                                              max_norm, model_ema and steps, *mixup_fn, **kwargs)
-        except SystemExit as stop:  # which DeiT has one reason for, at any commit
+            stats = self.deit.train_one_epoch(
+                model, criterion, loader, accumulation.Optimizer(optimizer), device, epoch, scaler,
+                max_norm, ema, *mixup_fn, **kwargs)
+        except SystemExit as stop:  # on every commit DeiT has only this reason to exit
             raise FloatingPointError("the loss is not finite, so DeiT stopped: pass a smaller "
                                      "--lr, and look at the data with --check") from stop
-        self.trained = {"epoch": epoch, "scaler": loss_scaler.state_dict()}  # not in 1d38fa4's
-        return {**stats, "seconds": round(time.monotonic() - began, 2)}
+        stats["seconds"] = round(time.monotonic() - began, 2)
+        self.trained = Trained(epoch, stats, parts)
+        return stats
 
-    def save_on_master(self, state, path):
-        """Keep the state until the epoch's line is in log.txt; ``_commit`` writes it.
-
-        Where is not for DeiT to say: HEAD's best accuracy knows only the epochs of this launch.
-        """
-        self.trained.update(state)
-
-    def evaluate(self, data_loader, model, device):
-        """When due, over all processes; says how far the run is."""
-        if not (self.args.eval or self._is_due(self.args.eval_freq)):
-            self._say_progress()
-            return Counter()  # nothing for log.txt, and for DeiT an acc1 of 0
+    def evaluate(self, data_loader: Any, model: torch.nn.Module, device: torch.device
+                 ) -> Dict[str, float]:
+        """Evaluate when due, over all processes, and end the epoch."""
         if self.test_loader is None:
             self.test_loader = loaders.evaluation(data_loader, self.args)
-        stats = evaluate(model, self.test_loader, device)
-        accuracy = "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
         if self.args.eval:
-            print(f"{self.start.path}: {accuracy} on {count(len(self.datasets[1]), 'image')}")
+            stats = evaluate(model, self.test_loader, device)
+            self._say(f"{self.start.path}: {in_words(stats)} on "
+                      f"{count(len(self.data.test), 'image')}")
             return stats
-        if stats["acc1"] > self.best["test_acc1"]:
-            self.best = {"epoch": self.trained["epoch"], "test_acc1": stats["acc1"]}
-        self._say_progress(f"{accuracy} (best accuracy {self.best['test_acc1']:.2f} %); ")
-        return stats
+        stats = {}
+        if self._is_due(self.plan.eval_freq):
+            stats = evaluate(model, self.test_loader, device)
+        self._end_epoch(stats, sum(parameter.numel() for parameter in model.parameters()
+                                   if parameter.requires_grad))
+        return {"acc1": 0.0}  # DeiT only prints it, silently
 
     # What happens in between
 
-    def _begin(self, data_loader, optimizer, loss_scaler, model_ema):
+    def _begin(self, parts: Dict[str, Any]) -> None:
         state = self.start.state
-        if self.start.epoch:  # go on as if never stopped, as no commit of DeiT does
-            optimizer.load_state_dict(state["optimizer"])
-            if model_ema is not None:
-                model_ema.ema.load_state_dict(state["model_ema"])
-            if state.get("scaler"):  # DeiT's own of December 2020 has none
-                loss_scaler.load_state_dict(state["scaler"])
+        if self.start.epoch:  # continue as if never stopped, as no commit of DeiT does
+            for name in ("optimizer", "model_ema", "scaler"):
+                if parts[name] is not None and state.get(name):  # DeiT of 2020 saves no scaler
+                    parts[name].load_state_dict(state[name])
         if self.args.rank == 0:
-            rows = self.folder.begin(self.start.epoch, self.args.overwrite, {
-                "settings": self.args.settings, "differs": self.differs,
-                "classes": self.datasets[0].classes})
+            rows = self.folder.begin(self.start.epoch, self.plan.overwrite, {
+                "settings": self.plan.settings, "differs": self.differs,
+                "classes": self.data.classes})
             self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
-        print(self.plan(), flush=True)
-        state.clear()  # its memory is not needed any more
-        self.train_loader = loaders.persistent(data_loader, [])  # of batches, anew in each epoch
+        self._say(self.describe())
+        state.clear()  # frees its memory; nothing reads it from here on
         self.began = time.monotonic()
 
-    def plan(self):
+    def describe(self) -> str:
         """What is trained from what and how, in lines."""
-        args, start, (train, test) = self.args, self.start.path, self.datasets
+        args, plan, start = self.args, self.plan, self.start.path
         if self.start.epoch:
-            start += f", continued: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        elif "head.weight" not in self.start.state["model"]:
+            start += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
+        elif weights.HEAD[0] not in self.start.state["model"]:
             start += " (the classifier head is new)"
-        size, lr = args.settings["effective_batch_size"], args.settings["lr"]
-        rate = f"{lr:g}"
+        size, rate = plan.settings["effective batch size"], f"{args.lr:g}"
         if not getattr(args, "unscale_lr", False):
-            rate += f" x {size} / 512 = {lr * size / 512:g}"
+            rate += f" x {size} / 512 = {args.lr * size / 512:g}"
         return "\n  ".join([
-            f"Fine-tuning {args.model} on {args.data_set}: {len(train)} train and {len(test)} test "
-            f"images, {count(len(train.classes), 'class')}",
+            f"Fine-tuning {args.model} on {args.data_set}: {len(self.data.train)} train and "
+            f"{len(self.data.test)} test images, {count(len(self.data.classes), 'class')}",
             f"start: {start}",
             f"output: {args.output_dir}",
-            f"effective batch size: {options.batch_size_in_words(args)}; "
-            f"{count(self.steps, 'step')} per epoch",
+            f"effective batch size: {options.describe_batch_size(args, plan)}; "
+            f"{count(self.steps_per_epoch, 'step')} per epoch",
             f"learning rate: {rate}",
-            f"evaluation every {count(args.eval_freq, 'epoch')}, checkpoint.pth every "
-            f"{count(args.save_freq, 'epoch')}, both after the last",
+            f"evaluation every {count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
+            f"{count(plan.save_freq, 'epoch')}, both after the last",
             f"settings that differ from the published recipe: {', '.join(self.differs) or 'none'}"])
 
-    def _check_same_everywhere(self):
+    def _check_same_everywhere(self) -> None:
         """Machines that were launched differently would train different models, or wait forever."""
-        text = json.dumps({**self.args.settings, "first epoch": self.start.epoch + 1,
-                           "train and test images": [*map(len, self.datasets)]})
+        text = json.dumps({**self.plan.settings, "first epoch": self.start.epoch + 1,
+                           "train and test images": [len(self.data.train), len(self.data.test)]})
         # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
         own = torch.tensor([*text.ljust(2**16).encode()], device=self.args.device)
         everyone = [torch.zeros_like(own) for _ in range(self.args.world_size)]
         torch.distributed.all_gather(everyone, own)
         for rank, its in enumerate(everyone):
             its = json.loads(bytes(its.tolist()))
-            differing = options.differing(json.loads(text), its, f"rank {rank}")
-            if differing:
-                raise UserError(f"rank {self.args.rank} has {', '.join(differing)}: type the same "
+            different = differing(json.loads(text), its, f"rank {rank}")
+            if different:
+                raise UserError(f"rank {self.args.rank} has {', '.join(different)}: pass the same "
                                 "on all machines, with the same data and one shared --output_dir")
 
-    def _is_due(self, every):
+    def _is_due(self, every: int) -> bool:
         """Whether what is done every ``every`` epochs and after the last is due."""
-        done = self.trained["epoch"] + 1
+        done = self.trained.epoch + 1
         return done % every == 0 or done == self.args.epochs
 
-    def _say_progress(self, accuracy=""):
-        done, epochs = self.trained["epoch"] + 1, self.args.epochs
-        elapsed = time.monotonic() - self.began
-        to_go = elapsed / (done - self.start.epoch) * (epochs - done)
-        so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
-        print(f"Epoch {done} of {epochs}: {accuracy}{so_far} so far, about {to_go} to go",
-              flush=True)
+    def _end_epoch(self, tested: Dict[str, float], n_parameters: int) -> None:
+        """Say and log what the epoch came to, then write checkpoints that are due."""
+        if self.args.rank != 0:
+            return
+        epoch, trained, parts = self.trained
+        row = {**{f"train_{name}": value for name, value in trained.items()},
+               **{f"test_{name}": value for name, value in tested.items()},
+               "epoch": epoch, "n_parameters": n_parameters}
+        is_best = row.get("test_acc1", -1) > self.best["test_acc1"]
+        if is_best:
+            self.best = row
+        self._say_progress(epoch + 1, tested)
+        self.folder.log(row)
+        saves = (["best_checkpoint.pth"] if is_best else []) + (
+            ["checkpoint.pth"] if is_best or self._is_due(self.plan.save_freq) else [])
+        if saves:
+            state = {name: part and part.state_dict() for name, part in parts.items()}
+            state.update(epoch=epoch, settings=self.plan.settings, classes=self.data.classes,
+                         pretrained=self.start.pretrained,
+                         args=vars(self.args))  # a plain dict, which weights_only loads
+        for name in saves:
+            self.folder.save(name, state)
 
-    def _commit(self):
-        """Write what the last epoch leaves, whose line is in log.txt now."""
-        state = {**self.trained,
-                 "args": vars(self.args),  # a plain dict: torch.load reads it with weights_only
-                 "settings": self.args.settings, "classes": self.datasets[0].classes}
-        is_best = self.best["epoch"] == state["epoch"]
-        if is_best:  # then its epoch must not be lost, or log.txt would not know of it
-            self.folder.save("best_checkpoint.pth", state)
-        if is_best or self._is_due(self.args.save_freq):
-            self.folder.save("checkpoint.pth", state)
+    def _say_progress(self, done: int, tested: Dict[str, float]) -> None:
+        accuracy = ""
+        if tested:
+            accuracy = f"{in_words(tested)} (best accuracy {self.best['test_acc1']:.2f} %); "
+        elapsed = time.monotonic() - self.began
+        to_go = elapsed / (done - self.start.epoch) * (self.args.epochs - done)
+        so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
+        self._say(f"Epoch {done} of {self.args.epochs}: {accuracy}{so_far} so far, about {to_go} "
+                  "to go")
+
+    def _say(self, text: str) -> None:
+        """Print once for all processes."""
+        if self.args.rank == 0:
+            print(text, flush=True)
+
+
+def in_words(stats: Dict[str, float]) -> str:
+    """The accuracies and the loss of an evaluation."""
+    return "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)

@@ -4,12 +4,13 @@ Each patch changes nothing on versions that do not need it.
 """
 import os
 import warnings
+from typing import Any
 
 
-def restore_pil_interp():
+def restore_pil_interp() -> None:
     """Give ``timm.data.transforms`` its ``_pil_interp`` back, which DeiT HEAD imports.
 
-    Needed from timm 0.5.4 on, where ``str_to_pil_interp`` took its place.
+    Needed with timm 0.5.4 or newer, where ``str_to_pil_interp`` took its place.
     """
     from timm.data import transforms
 
@@ -17,11 +18,11 @@ def restore_pil_interp():
         transforms._pil_interp = transforms.str_to_pil_interp
 
 
-def skip_pretrained_cfg(main):
+def skip_pretrained_cfg(main: Any) -> None:
     """Make DeiT's models without timm's ``pretrained_cfg`` argument, which they do not take.
 
-    Needed from timm 0.6 on, whose ``create_model`` has it. As ``create_model`` does in every timm,
-    arguments that are None are left out.
+    Needed with timm 0.6 or newer, whose ``create_model`` passes it. As ``create_model`` does in
+    every timm, arguments that are None are left out.
     """
     from timm.models import model_entrypoint
 
@@ -29,12 +30,12 @@ def skip_pretrained_cfg(main):
         **{name: value for name, value in kwargs.items() if value is not None})
 
 
-def quieten_age():
-    """Drop warnings of DeiT's age or a missing GPU; rank 0 shows others, each in one line."""
+def silence_known_warnings() -> None:
+    """Drop warnings about DeiT's age or a missing GPU; rank 0 shows others, one line each."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    warnings.simplefilter("ignore", FutureWarning)  # of timm's modules and torch's mixed precision
+    warnings.simplefilter("ignore", FutureWarning)  # timm's modules, torch's mixed precision
     warnings.simplefilter("ignore", DeprecationWarning)
-    # DeiT's models replace timm's; torch after 2.6 says on GPUs which one a barrier takes.
+    # DeiT's models replace timm's; torch after 2.6 says on GPUs which one a barrier uses.
     warnings.filterwarnings("ignore", message=r"Overwriting \w+ in registry|barrier\(\): using|"
                             ".*CUDA is not available|.*Found no NVIDIA driver")
     if os.environ.get("RANK", "0") != "0":

@@ -1,9 +1,9 @@
 """A miniature of facebookresearch/deit, written for this project's tests: our own code, not DeiT's.
 
 It has DeiT's file names and what the project adapts from outside: functions, options, checkpoint
-keys, the order of the steps, and the faults that need mending (weights loaded after their average
-was made, a GPU taken for granted, names that newer timm no longer has). MINI_DEIT_ERA=2020, 2021 or
-head (the default) picks the DeiT of December 2020, of June 2021 or the last.
+keys, the order of the steps, and the faults to correct (weights loaded after the EMA was made, a
+GPU that must exist, names that newer timm has dropped). MINI_DEIT_ERA=2020, 2021 or head (the
+default) selects the DeiT of December 2020, of June 2021 or the last.
 """
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def main(args):
     optimizer = create_optimizer(args, bare if SINCE_2021 else model)
     scaler = NativeScaler()
     scheduler, _ = create_scheduler(args, optimizer)
-    if args.resume:  # after the weight average was made: it keeps what the model contained before
+    if args.resume:  # after the EMA was made, which keeps what the model contained before
         bare.load_state_dict(torch.load(args.resume, map_location="cpu")["model"])
     if args.eval:
         stats = evaluate(test_loader, model, device)
@@ -77,6 +77,8 @@ def main(args):
         return
 
     def save(name):
+        if not args.output_dir:
+            return
         state = {"model": bare.state_dict(), "model_ema": get_state_dict(ema), "epoch": epoch,
                  "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict(),
                  "args": args}
@@ -103,6 +105,6 @@ def main(args):
         row = {**{f"train_{name}": value for name, value in trained.items()},
                **{f"test_{name}": value for name, value in tested.items()},
                "epoch": epoch}
-        if args.rank == 0:
+        if args.output_dir and args.rank == 0:
             with open(Path(args.output_dir, "log.txt"), "a") as out:
                 out.write(f"{json.dumps(row)}\n")

@@ -1,0 +1,206 @@
+"""Launches of a recipe: as users do it, under way to be killed, or forked to save time.
+
+The DeiT is the miniature in mini_deit/ or, with DEIT_DIR set, a real checkout. Most tests need one
+process and one era of the miniature (its HEAD); where two or all matter, the test says so.
+"""
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import connection
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+SCRIPTS = ROOT / "scripts"
+REAL_DEIT = os.environ.get("DEIT_DIR")
+DEIT = Path(REAL_DEIT or TESTS / "mini_deit").resolve()
+# Width, depth and name of a model that trains in seconds, and of another one.
+MODEL, WIDTH, DEPTH, OTHER_MODEL = (
+    ("deit_tiny_patch16_224", 192, 12, "deit_small_patch16_224") if REAL_DEIT
+    else ("deit_micro_patch16_224", 64, 2, "deit_tiny_patch16_224"))
+
+
+def environment(processes=1, era=None, **variables):
+    """The environment of a launch: DEIT, this Python, and ``variables``; None removes one."""
+    known = {"DEIT_DIR": str(DEIT), "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes),
+             "MINI_DEIT_ERA": era}
+    merged = {**os.environ, **known, **variables}
+    return {name: str(value) for name, value in merged.items() if value is not None}
+
+
+def command(recipe, *flags, scripts=SCRIPTS):
+    """A launch of a recipe that takes seconds; ``flags`` come last."""
+    small = ["--device", "cpu", "--model", MODEL, "--input-size", "32", "--batch-size", "8",
+             "--epochs", "2", "--eval-freq", "1", "--save-freq", "1", "--num_workers", "0"]
+    return [str(part) for part in ("bash", scripts / f"{recipe}.sh", *small, *flags)]
+
+
+def launch(recipe, *flags, scripts=SCRIPTS, **variables):
+    """Launch a recipe as users do; return the completed process with its output as text."""
+    return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True, text=True,
+                          timeout=300, env=environment(**variables))
+
+
+@contextlib.contextmanager
+def running(recipe, *flags, **variables):
+    """A launch that is under way; ended with all its processes when the block is left."""
+    process = subprocess.Popen(
+        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(**variables))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def end_of(run, timeout=60):
+    """Wait for the end of a launch that is under way; the completed process."""
+    output = run.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(run.args, run.returncode, *output)
+
+
+def fork(recipe, *flags, processes=1, scripts=SCRIPTS, script=None, before=None, by_hand=False,
+         **variables):
+    """What ``launch`` does, without torch's launcher: its processes are forked from this one.
+
+    That saves the seconds that each of them would take to import torch.
+
+    script: path of one to run in place of finetune.py; before: called in each process before the
+    script, to change what it imports; by_hand: as if no launcher had started it.
+    """
+    shown = subprocess.run(
+        command(recipe, *flags, scripts=scripts), capture_output=True, text=True, env=environment(
+            processes, **{**variables, "PYTHON": TESTS / "show_command"}))
+    if shown.returncode:
+        return shown
+    per_node, world_size, *words = shown.stdout.split("\0")[:-1]
+    start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
+    by_hand = by_hand or "--nnodes" not in words[:start]  # as --check and --all-flags
+    variables = {**environment(processes, **variables), "NPROC_PER_NODE": per_node,
+                 "WORLD_SIZE": world_size}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port)} for port in [free_port()] for rank in range(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        started = [multiprocessing.get_context("fork").Process(
+            target=_become, args=(Path(script or words[start]), words[start + 1:],
+                                  {**rank, **variables}, before, outputs))
+            for rank in ([{}] if by_hand else ranks)]
+        for process in started:
+            process.start()
+        status = _end_together(started)
+        return subprocess.CompletedProcess(words, status, *map(Path.read_text, outputs))
+
+
+def _end_together(processes):
+    """Wait for the processes; the first that fails ends all, as with torch's launcher."""
+    status, alive = 0, processes
+    while alive and not status:
+        assert connection.wait([process.sentinel for process in alive], timeout=300), "5 minutes"
+        status = next((process.exitcode for process in processes if process.exitcode), 0)
+        alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+        process.join()
+    return status
+
+
+def _become(script, arguments, variables, before, outputs):
+    """Be a fresh process of a launch: nothing of ours or of DeiT's is imported yet."""
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = [str(script), *arguments]
+    for name, module in list(sys.modules.items()):
+        file = str(getattr(module, "__file__", None) or "")
+        if file.startswith(str(ROOT)) and "site-packages" not in file:
+            del sys.modules[name]
+    ours = {str(folder) for folder in (TESTS, TESTS / "mini_deit", ROOT, SCRIPTS)}
+    sys.path[:] = [str(script.parent), *variables.get("PYTHONPATH", "").split(os.pathsep),
+                   *(path for path in sys.path if path not in ours)]
+    accept_made_up_cifar()
+    if before:
+        sys.path.append(str(ROOT))
+        before()
+        sys.path.remove(str(ROOT))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def accept_made_up_cifar():
+    """torchvision refuses CIFAR files whose md5 is not the official one."""
+    from torchvision.datasets import cifar
+
+    cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Waiting and killing
+
+
+def wait_for(condition, seconds=120, pause=0.05):
+    """Poll until ``condition()`` is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)
+
+
+def wait_for_epochs(folder, epochs=1, seconds=120):
+    """Until the log of the run in ``folder`` has that many lines."""
+    log = folder / "log.txt"
+    wait_for(lambda: log.exists() and len(log.read_bytes().splitlines()) >= epochs, seconds)
+
+
+def processes_of(folder):
+    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes()
+            if b"finetune.py" in line and b"launcher.py" not in line and bytes(folder) in line:
+                found.append(int(entry.name))
+    return found
+
+
+def kill_all(run, folder):
+    """``kill -9`` for every process of a launch, as when its machine goes down."""
+    for process in [run.pid, *processes_of(folder)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    wait_for(lambda: not processes_of(folder), seconds=20)
+
+
+def after_saving(action):
+    """For ``fork``'s before: call ``action`` once checkpoint.pth has been written."""
+    def change():
+        import convert_to_deit
+
+        save = convert_to_deit.save
+
+        def save_and_act(state, path):
+            save(state, path)
+            if path.endswith("/checkpoint.pth"):
+                action()
+
+        convert_to_deit.save = save_and_act
+
+    return change
+
+
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
