@@ -98,6 +98,7 @@ class DataSet(NamedTuple):
     url: str = ""  # where it is downloaded from
     md5: Dict[str, str] = {}  # of the files that are downloaded
     always_download: bool = False  # also without --download
+    flags: Tuple[str, ...] = ()  # arguments that only this data set's transforms read
 
     def downloads(self, args: Any) -> bool:
         """Whether missing data are to be downloaded."""

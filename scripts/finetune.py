@@ -36,8 +36,9 @@ def main() -> None:
     if args.rank == 0 and not args.eval:
         folder.claim()
     start = output.find_start(args, plan)
+    run = Run(deit, args, plan, data.load(args), folder, start)
     if start.epoch < args.epochs:
-        Run(deit, args, plan, data.load(args), folder, start).run_deit()
+        run.run_deit()
     elif args.rank == 0:
         print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
               "it to --resume, with more --epochs and another --output_dir")

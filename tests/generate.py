@@ -70,14 +70,14 @@ def pets(folder):
     (folder / "images" / "stray.mat").write_bytes(b"MATLAB 5.0 MAT-file")  # of no split
 
 
-def images(folder):
-    """For --data-set folder: 43 train and 6 test images, which augmentation cannot change."""
+def images(folder, train=43):
+    """For --data-set folder: some train and 6 test images, which augmentation cannot change."""
     rng = np.random.default_rng(0)
-    for number in range(49):
+    for number in range(train + 6):
         label = number % 3
         colour = rng.integers(0, 120, 3)
         colour[2 - label] += 100
-        path = Path(folder, "train" if number < 43 else "val", ("ant", "bee", "cow")[label])
+        path = Path(folder, "train" if number < train else "val", ("ant", "bee", "cow")[label])
         path.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), tuple(map(int, colour))).save(path / f"{number}.png")
 

@@ -102,12 +102,14 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, script=None, before=None,
 
 def _end_together(processes):
     """Wait for the processes; the first that fails ends all, as with torch's launcher."""
-    status, alive = 0, processes
+    status, alive = 0, {process.sentinel: process for process in processes}
     while alive and not status:
-        assert connection.wait([process.sentinel for process in alive], timeout=300), "5 minutes"
-        status = next((process.exitcode for process in processes if process.exitcode), 0)
-        alive = [process for process in processes if process.is_alive()]
-    for process in alive:
+        ended = connection.wait(alive, timeout=300)
+        assert ended, "no process has ended in 5 minutes"
+        for process in map(alive.pop, ended):
+            process.join()
+            status = status or process.exitcode
+    for process in alive.values():
         process.kill()
         process.join()
     return status

@@ -9,7 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 import arguments as mini_deit
 import generate
 from conftest import error_of, log_of, train
-from deit_plugin import errors, options, weights
+from datasets import DATA_SETS
+from deit_plugin import errors, options, recipe, weights
+from deit_plugin.data import Data
 from launches import ROOT, environment, fork, launch
 
 
@@ -29,8 +31,52 @@ from launches import ROOT, environment, fork, launch
 def test_a_value_that_cannot_work_is_refused_in_one_line(flags, says):
     arguments = "--data-set pets --data-path pets --output_dir out " + flags
     with pytest.raises(errors.UserError) as refusal:
-        options.parse(mini_deit, ["pets"], arguments.split())
+        options.parse(mini_deit, DATA_SETS, arguments.split())
     assert says in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--aa rand", "--aa has no effect on --data-set pets"), ("--color-jitter 0.4", "jitter has"),
+    ("--train-interpolation random", "interpolation has"), ("--eval-crop-ratio 1", "ratio has"),
+    ("--resplit", "--resplit has"), ("--inat-category x", "category has"),
+    ("--dist-eval", "eval has"), ("--src", "--src has no effect without --ThreeAugment"),
+    ("--mixup-mode elem", None), ("--mixup 0 --mixup-mode elem", "no effect without --mixup"),
+    ("--ThreeAugment --src --color-jitter 0.1", None), ("--decay-rate 0.2", "--sched cosine"),
+    ("--ThreeAugment --reprob 0.2", "--reprob has no effect with --ThreeAugment"),
+    ("--reprob 0.2 --remode rand", None), ("--remode rand", "no effect with --reprob 0"),
+])
+def test_a_flag_without_effect_is_refused_if_the_user_gave_it(flags, says):
+    recipe = "--data-set pets --reprob 0 --mixup 0.8 --cutmix 0 --aa of-the-recipe --your-flags"
+    words = f"{recipe} --data-path pets --output_dir out {flags}".split()
+    if says is None:
+        args, plan = options.parse(mini_deit, DATA_SETS, words)
+        assert "aa" not in plan.settings
+        assert ("color_jitter" in plan.settings) == args.ThreeAugment
+    else:
+        with pytest.raises(errors.UserError, match=says):
+            options.parse(mini_deit, DATA_SETS, words)
+
+
+RECIPE = ("--data-set flowers --batch-size 128 --no-repeated-aug --your-flags --data-path flowers "
+          "--output_dir out --resume a.pth ")
+
+
+@pytest.mark.parametrize("processes, flags, steps, advice", [
+    (8, "", 1, None), (1, "--accum-iter 8", 1, None), (4, "--accum-iter 2", 1, None),
+    (8, "--batch-size 32 --accum-iter 4", 2, "--batch-size 128 --accum-iter 1 restores"),
+    (16, "--batch-size 64", 2, None), (2, "--batch-size 8", 127, "--batch-size 128 --accum-iter 4"),
+])
+def test_equal_settings_mean_equal_steps(processes, flags, steps, advice, monkeypatch):
+    """On the official numbers of images, 2040 and 6149; a step is 1024 images in all but one."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args, plan = options.parse(mini_deit, DATA_SETS, (RECIPE + flags).split())
+    run = recipe.compare(args, plan, Data(range(2040), range(6149)))
+    described = recipe.describe_batch(run, args, plan)
+    assert f"; {steps} step" in described
+    assert advice in described if advice else "restores" not in described
+    named = [text for text in run.differs if "steps per epoch" in text]
+    assert named == ([] if steps == 1 else [f"{steps} steps per epoch (published: 1)"])
+    assert bool(run.differs) == (steps > 1)
 
 
 @pytest.mark.parametrize("width, depth, more, says", [
@@ -157,8 +203,8 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
     assert done.stdout.splitlines()[-1] == "ready"
     for word in ("all 70 can be decoded", "49 train and 21 test",
                  "32 = 8 processes x 2 images x 2 accumulated", "2 steps per epoch",
-                 "0.0003 x 32 / 512", "--accum-iter 64 restores", "--epochs 2 (published: 100)",
-                 str(small)):
+                 "0.0003 x 32 / 512", "--batch-size 128 --accum-iter 1 restores",
+                 "--epochs 2 (published: 100)", str(small)):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
     assert "model: --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
@@ -184,5 +230,5 @@ def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, 
     nothing = fork("pets", *flags, "--check", "--data-path", tmp_path / "gone")
     assert nothing.stdout.splitlines()[-1] == "not ready: 1 problem"
     few = fork("pets", *flags, "--check", "--repeated-aug", "--accum-iter", "8")
-    assert "49 // 256 * 256 train images / 8 (processes x --accum-iter) = 0" in few.stdout
+    assert "49 // 256 * 256 train images" in few.stdout and "8 (--accum-iter)" in few.stdout
     assert few.returncode == 2

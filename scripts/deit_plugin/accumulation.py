@@ -8,17 +8,22 @@ import torch
 
 
 class Loader:
-    """Stands in for the data loader, and knows which batches complete an optimizer step."""
+    """Stands in for the data loader, and knows which batches complete an optimizer step.
 
-    def __init__(self, loader: Any, model: torch.nn.Module, accum_iter: int) -> None:
-        self.loader, self.model, self.accum_iter = loader, model, accum_iter
+    batches: iterates over the ``length`` batches of one epoch.
+    """
+
+    def __init__(self, batches: Iterator[Tuple[torch.Tensor, torch.Tensor]], length: int,
+                 model: torch.nn.Module, accum_iter: int) -> None:
+        self.batches, self.length, self.model = batches, length, model
+        self.accum_iter = accum_iter
         self.completes_step = False  # whether the batch that was handed out last does
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.length
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        for number, batch in enumerate(self.loader, start=1):
+        for number, batch in enumerate(self.batches, start=1):
             self.completes_step = number % self.accum_iter == 0
             # DistributedDataParallel.no_sync() sets this, too; other models ignore it.
             self.model.require_backward_grad_sync = self.completes_step

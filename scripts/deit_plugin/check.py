@@ -2,7 +2,7 @@
 from argparse import Namespace
 from multiprocessing.pool import ThreadPool
 from types import ModuleType
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 from . import data, options, output
 from .errors import REFUSED, UserError, one_line
@@ -50,7 +50,12 @@ def _find_start(args: Namespace, plan: Plan) -> Tuple[str, output.Start]:
 
 def _load(args: Namespace) -> Tuple[str, data.Data]:
     images = data.load(args)
-    return f"{len(images.train)} train and {len(images.test)} test images", images
+    sizes = " and ".join(f"{len(split)} {name}" for name, split in _splits(images))
+    return f"{sizes} images", images
+
+
+def _splits(images: data.Data) -> List[Tuple[str, Any]]:
+    return [(name, split) for name, split in images._asdict().items() if split is not None]
 
 
 def _create_model(main: ModuleType, args: Namespace, plan: Plan, images: data.Data,
@@ -64,9 +69,10 @@ def _create_model(main: ModuleType, args: Namespace, plan: Plan, images: data.Da
 
 def decode(images: data.Data, num_workers: int) -> str:
     """Decode every image, in threads. Raises UserError with a list of the broken ones."""
-    items = [(dataset, index) for dataset in (images.train, images.test)
-             for index in range(len(dataset))]
-    images.train.transform = images.test.transform = None  # decoding is enough
+    items = []
+    for _, split in _splits(images):
+        split.transform = None  # decoding is enough
+        items += [(split, index) for index in range(len(split))]
     print(f"decoding {len(items)} images ...", flush=True)
     with ThreadPool(max(1, num_workers)) as pool:
         broken = list(filter(None, pool.map(_why_broken, items)))

@@ -10,14 +10,17 @@ from .errors import UserError, one_line
 BUNDLE = Path(__file__).resolve().parent.parent.parent
 
 
+def deit_folder() -> Path:
+    """The folder ``DEIT_DIR``, or else the one that this bundle was copied into."""
+    return Path(os.environ.get("DEIT_DIR") or BUNDLE).expanduser().resolve()
+
+
 def import_main() -> ModuleType:
     """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm.
 
-    DeiT is in the folder ``DEIT_DIR``, or else in the one that this bundle was copied into. Raises
-    UserError if it is not there or cannot be imported.
+    Raises UserError if DeiT is not there or cannot be imported.
     """
-    named = os.environ.get("DEIT_DIR", "")
-    folder = Path(named or BUNDLE).expanduser().resolve()
+    folder, named = deit_folder(), os.environ.get("DEIT_DIR", "")
     if not all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
         raise UserError(f"DEIT_DIR={named or '(not set)'}: {folder} is no DeiT checkout, with "
                         "main.py, engine.py and utils.py: git clone "

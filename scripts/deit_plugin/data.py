@@ -1,7 +1,7 @@
 """The train and test images of a run."""
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Optional
 
 from datasets import DATA_SETS, build_dataset
 
@@ -10,28 +10,20 @@ from .errors import UserError, one_line
 
 
 class Data(NamedTuple):
-    """The images of a run, and what differs from the official data set, in words."""
+    """The images of a run."""
 
-    train: Any
+    train: Optional[Any]  # None under --eval
     test: Any
-    differs: Tuple[str, ...]
 
     @property
     def classes(self) -> List[str]:
         """Names of the classes, by label."""
-        return self.train.classes
+        return (self.test if self.train is None else self.train).classes
 
 
 def load(args: Namespace) -> Data:
-    """Build both splits of ``args.data_set``. Raises UserError."""
-    splits, differs = [], []
-    for number, (is_train, name) in enumerate(((True, "train"), (False, "test"))):
-        dataset = _load_split(is_train, args)
-        official = DATA_SETS[args.data_set].official
-        if official and len(dataset) != official[number]:
-            differs.append(f"{len(dataset)} {name} images (published: {official[number]})")
-        splits.append(dataset)
-    return Data(*splits, tuple(differs))
+    """Build what a run of ``args.data_set`` needs. Raises UserError."""
+    return Data(None if args.eval else _load_split(True, args), _load_split(False, args))
 
 
 def _load_split(is_train: bool, args: Namespace) -> Any:

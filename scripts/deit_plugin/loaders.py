@@ -1,18 +1,64 @@
-"""DeiT's data loaders, with workers that persist and each test image in one process only."""
+"""DeiT's data loaders, with workers that persist and each test image in one process only.
+
+From the second epoch on, all random numbers of training come from --seed, the rank and the epoch,
+so that a resumed run draws what one that never stopped draws. The first epoch keeps DeiT's own
+order of draws, so that its losses are those of the published procedure.
+"""
 import itertools
+import random
 import time
 from argparse import Namespace
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import numpy
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from .errors import UserError, die_with_parent
+from .errors import die_with_parent
 
 # Seconds. After a collective, a thread of gloo takes and frees Python's GIL; a data worker that is
 # forked at that moment inherits a GIL that nobody frees (Python before 3.12; seen once in 1000
 # launches).
 SETTLING = 0.05
+
+
+def seed_process(args: Namespace, epoch: int) -> None:
+    """Seed mixup, drop path and whatever else draws random numbers in this process."""
+    seed = _seed_cpu(args.seed, args.rank, epoch)
+    if args.device == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _seed_cpu(*key: int) -> int:
+    """Seed torch, NumPy and ``random`` with a number made of ``key``; return it."""
+    seed = int(numpy.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
+
+
+class Drawn(NamedTuple):
+    """An index that carries the key of the random numbers for its image's augmentation."""
+
+    index: int
+    key: Tuple[int, ...]
+
+
+class Augmented(Dataset):
+    """Train images; one that is asked for by a ``Drawn`` is augmented with that key's numbers."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: Union[int, Drawn]) -> Tuple[torch.Tensor, int]:
+        if isinstance(item, Drawn):
+            _seed_cpu(*item.key)
+            item = item.index
+        return self.dataset[item]
 
 
 class Batches:
@@ -23,13 +69,15 @@ class Batches:
     """
 
     def __init__(self, loader: DataLoader, args: Namespace, accum_iter: int) -> None:
-        self.batch_size = loader.batch_size
+        self.batch_size, self.seed = loader.batch_size, args.seed
         sampler, replicas = type(loader.sampler), args.world_size * accum_iter
-        self.samplers = [sampler(loader.dataset, replicas, rank, shuffle=True) for rank in
-                         range(args.rank * accum_iter, (args.rank + 1) * accum_iter)]
+        self.ranks = range(args.rank * accum_iter, (args.rank + 1) * accum_iter)
+        self.samplers = [sampler(loader.dataset, replicas, rank, shuffle=True)
+                         for rank in self.ranks]
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for this epoch."""
+        self.epoch = epoch
         for sampler in self.samplers:
             sampler.set_epoch(epoch)
 
@@ -37,20 +85,30 @@ class Batches:
         return sum(len(sampler) // self.batch_size for sampler in self.samplers)
 
     def __iter__(self) -> Iterator[List[int]]:
-        batches = (BatchSampler(sampler, self.batch_size, True) for sampler in self.samplers)
+        batches = (BatchSampler(self._draw(rank, sampler), self.batch_size, True)
+                   for rank, sampler in zip(self.ranks, self.samplers))
         return itertools.chain.from_iterable(zip(*batches))
 
+    def _draw(self, rank: int, sampler: Any) -> Iterator[Union[int, Drawn]]:
+        for position, index in enumerate(sampler, start=1):  # 0 is the key of seed_process
+            key = (self.seed, rank, self.epoch, position)
+            yield Drawn(index, key) if self.epoch else index
 
-def persistent(loader: DataLoader, batches: Any, generator: Optional[torch.Generator] = None
-               ) -> DataLoader:
-    """A loader like DeiT's for the given batches of indices. Keep it until the run ends.
 
-    Its workers live as long as it is referenced, and a worker's random state continues from one
-    epoch to the next; DeiT's own loaders restart their workers in every epoch.
+def training(loader: DataLoader, batches: Batches) -> DataLoader:
+    """A loader of train images like DeiT's, for the given batches of indices."""
+    return _persistent(loader, Augmented(loader.dataset), batches)
+
+
+def _persistent(loader: DataLoader, dataset: Any, batches: Any,
+                generator: Optional[torch.Generator] = None) -> DataLoader:
+    """A loader whose workers live as long as it is referenced.
+
+    DeiT's own loaders restart their workers in every epoch.
     """
     time.sleep(SETTLING)
     return DataLoader(
-        loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
+        dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
         pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
         persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent)
 
@@ -61,18 +119,15 @@ def evaluation(loader: DataLoader, args: Namespace) -> DataLoader:
     Uses its own generator, so that --eval-freq does not change training.
     """
     share = range(args.rank, len(loader.dataset), args.world_size)
-    return persistent(loader, BatchSampler(share, loader.batch_size, False), torch.Generator())
+    return _persistent(loader, loader.dataset, BatchSampler(share, loader.batch_size, False),
+                       torch.Generator())
 
 
-def steps_per_epoch(images: int, args: Namespace, accum_iter: int) -> int:
-    """Optimizer steps of an epoch, without partial batches, as in DeiT; UserError if none."""
-    ranks = args.world_size * accum_iter
-    share, whole, advice = -(-images // ranks), images, ""
-    if args.repeated_aug:  # RASampler in DeiT's samplers.py
-        share, whole = images // 256 * 256 // ranks, f"{images} // 256 * 256"
-        advice = ", or pass --no-repeated-aug"
-    if share < args.batch_size:
-        raise UserError(f"no whole step in an epoch: {whole} train images / {ranks} (processes x "
-                        f"--accum-iter) = {share}, fewer than --batch-size {args.batch_size}: "
-                        f"lower one of the three{advice}")
-    return share // args.batch_size
+def steps_per_epoch(images: int, ranks: int, batch_size: int, repeated_aug: bool) -> int:
+    """Optimizer steps of an epoch, without partial batches, as in DeiT.
+
+    ranks: number of processes x --accum-iter.
+    """
+    if repeated_aug:  # RASampler in DeiT's samplers.py
+        return images // 256 * 256 // ranks // batch_size
+    return -(-images // ranks) // batch_size

@@ -3,21 +3,21 @@ import argparse
 import difflib
 import os
 import warnings
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
 from .errors import UserError
-from .words import count, differing, flag_of
+from .words import count, flag_of
 
 YOUR_FLAGS = "--your-flags"  # launch.sh puts it between the recipe's flags and the user's
-PUBLISHED_PROCESSES, PUBLISHED_BATCH_SIZE = 8, 1024  # MoCo v3's transfer/README.md
-# Flags that do not change what is learnt. All others make up the settings of a run.
+PUBLISHED_PROCESSES = 8  # MoCo v3's transfer/README.md
+# Flags that do not change what is learnt. All others that have an effect make up the settings.
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "device", "num_workers", "pin_mem", "dist_url", "rank",
-    "world_size", "distributed", "start_epoch", "batch_size", "eval", "dist_eval", "download",
-    # DeiT's flags that this bundle's transforms and evaluation have no use for
-    "aa", "color_jitter", "train_interpolation", "resplit", "inat_category", "eval_crop_ratio"}
+    "world_size", "start_epoch", "batch_size", "eval", "download"}
+# Of these, a machine may have other values than the other machines of its run.
+OF_ONE_MACHINE = {"output_dir", "data_path", "num_workers", "pin_mem", "dist_url", "rank"}
 
 LARGEST, FINITE = 2**31 - 1, 1e38  # NumPy's seeds end at 2**32 - 1, float32 at 3e38
 RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
@@ -39,8 +39,10 @@ class Plan(NamedTuple):
     save_freq: int  # epochs between writes of checkpoint.pth
     overwrite: bool  # delete the run in --output_dir first
     check: bool
+    arguments: List[str]  # as typed
     settings: Dict[str, Any]  # what decides what is learnt
-    differs: Tuple[str, ...]  # settings that differ from the published recipe, in words
+    recipe: Optional[argparse.Namespace]  # the published args, with their number of processes
+    published: Dict[str, Any]  # the settings of the recipe
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,16 +57,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {hint}")
 
 
-def parse(main: Any, data_sets: Sequence[str], arguments: List[str]
+def parse(main: Any, data_sets: Dict[str, Any], arguments: List[str]
           ) -> Tuple[argparse.Namespace, Plan]:
     """DeiT's args and this bundle's plan, for the recipe's flags, YOUR_FLAGS, the user's flags.
 
-    main: DeiT's module; data_sets: the choices of ``--data-set``. The args contain DeiT's flags as
-    they were typed, --download (for datasets.py), and ``rank`` and ``world_size``. Nothing changes
-    them later; DeiT gets a copy.
+    main: DeiT's module; data_sets: datasets.DATA_SETS. The args contain DeiT's flags as they were
+    typed, --download (for datasets.py), and ``rank`` and ``world_size``. Nothing changes them
+    later; DeiT gets a copy.
     """
     parser = _parser(main, data_sets)
-    args = parser.parse_args([word for word in arguments if word != YOUR_FLAGS])
+    split = arguments.index(YOUR_FLAGS) if YOUR_FLAGS in arguments else 0
+    recipe = parser.parse_args(arguments[:split]) if split else None
+    yours = [word for word in arguments[split:] if word != YOUR_FLAGS]
+    args = parser.parse_args(arguments[:split] + yours)
     for name in ("resume", "output_dir", "data_path"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.rank = int(os.environ.get("RANK") or 0)  # as DeiT's main does later
@@ -73,21 +78,24 @@ def parse(main: Any, data_sets: Sequence[str], arguments: List[str]
         args.pin_mem = False  # its thread would end before a second epoch of the same workers
         warnings.warn("--pin-mem has no effect: it takes torch 1.9 or newer", stacklevel=1)
     _refuse_what_cannot_work(args)
-    settings, differs = _settings(args), ["no recipe of scripts/"]
-    if YOUR_FLAGS in arguments:
-        recipe = parser.parse_args(arguments[:arguments.index(YOUR_FLAGS)])
+    without_effect = _without_effect(args, data_sets[args.data_set].flags)
+    for name in sorted(_given(parser, yours) & without_effect.keys()):
+        raise UserError(f"{flag_of(name)} has no effect {without_effect[name]}: leave it out")
+    settings, published = _settings(args, without_effect), {}
+    if recipe:
         recipe.world_size, recipe.seed = PUBLISHED_PROCESSES, args.seed  # no seed was published
-        differs = differing(settings, _settings(recipe), "published")
+        published = _settings(recipe, {})
     ours = {name: vars(args).pop(name) for name in Plan._fields if hasattr(args, name)}
     pretrained, args.resume = args.resume, ""
-    return args, Plan(pretrained=pretrained, settings=settings, differs=tuple(differs), **ours)
+    return args, Plan(pretrained=pretrained, arguments=arguments, settings=settings, recipe=recipe,
+                      published=published, **ours)
 
 
-def _parser(main: Any, data_sets: Sequence[str]) -> Parser:
+def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
     parser = Parser(prog="finetune.py", parents=[main.get_args_parser()], allow_abbrev=False,
                     conflict_handler="resolve", description="Fine-tune with DeiT's own trainer.")
     parser.set_defaults(data_path="")
-    parser.add_argument("--data-set", choices=sorted(data_sets), required=True)
+    parser.add_argument("--data-set", choices=sorted(data_sets))
     for name, choices in (("--device", ("cuda", "cpu")), ("--sched", ("cosine", "tanh", "step")),
                           ("--remode", ("pixel", "rand", "const")),
                           ("--mixup-mode", ("batch", "pair", "elem"))):
@@ -105,6 +113,14 @@ def _parser(main: Any, data_sets: Sequence[str]) -> Parser:
     return parser
 
 
+def _given(parser: Parser, words: List[str]) -> Set[str]:
+    """The names of the arguments that occur in ``words``."""
+    unset = object()
+    blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(words, blank)).items()
+            if value is not unset}
+
+
 def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
     """Refuse what DeiT, timm or torch would silently misuse or end in a traceback."""
     for (least, most), names in RANGES.items():
@@ -119,29 +135,68 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value} is not supported: pass the converted checkpoint, or "
                             "the checkpoint of a run to continue, to --resume")
     minmax = args.cutmix_minmax or (0, 1)
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     for wrong, message in (
+            (not args.data_set, "--data-set is missing: pass pets, folder or another one"),
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
             (not args.output_dir and not (args.eval or args.check),
              "--output_dir is missing: pass the folder for checkpoints and log.txt"),
             (args.input_size % 16,
              f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
-            (mixes and args.batch_size % 2,
+            (_mixes(args) and args.batch_size % 2,
              f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
             (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1,
              "--cutmix-minmax: takes two numbers from 0 to 1, the smaller first, as 0.2 0.8"),
-            (getattr(args, "bce_loss", False) and (not mixes or args.smoothing),
+            (getattr(args, "bce_loss", False) and (not _mixes(args) or args.smoothing),
              "--bce-loss: needs --mixup or --cutmix, and --smoothing 0: DeiT turns every target "
              "above 0 into 1")):
         if wrong:
             raise UserError(message)
 
 
-def _settings(args: argparse.Namespace) -> Dict[str, Any]:
-    settings = {name: value for name, value in vars(args).items()
-                if name not in NOT_SETTINGS and name not in Plan._fields}
+def _mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _without_effect(args: argparse.Namespace, of_data_set: Tuple[str, ...]) -> Dict[str, str]:
+    """The names of arguments that change nothing here, and the reason.
+
+    of_data_set: those that only the transforms of some data sets read, this one's among them.
+    """
+    three = getattr(args, "ThreeAugment", False)  # then DeiT HEAD makes the train transform
+    for_transforms = ("aa", "color_jitter", "train_interpolation", "eval_crop_ratio")
+    groups = (  # names, whether they have an effect, the reason why not
+        (("resplit", "inat_category", "dist_eval", "distributed", "world_size", "teacher_model",
+          "teacher_path", "distillation_alpha", "distillation_tau", "cooldown_epochs",
+          "patience_epochs"), False, "in this bundle"),
+        (set(for_transforms) - set(of_data_set) - ({"color_jitter"} if three else set()), False,
+         f"on --data-set {args.data_set}"),
+        (("aa", "train_interpolation", "reprob", "remode", "recount"), not three,
+         "with --ThreeAugment"),
+        (("src",), three, "without --ThreeAugment"),
+        (("remode", "recount"), args.reprob > 0, "with --reprob 0"),
+        (("mixup_prob", "mixup_switch_prob", "mixup_mode"), _mixes(args),
+         "without --mixup or --cutmix"),
+        (("model_ema_decay", "model_ema_force_cpu"), args.model_ema, "with --no-model-ema"),
+        (("decay_epochs", "decay_rate"), args.sched == "step", f"with --sched {args.sched}"),
+        (("lr_noise_pct", "lr_noise_std"), args.lr_noise, "without --lr-noise"),
+    )
+    return {name: reason for names, has_effect, reason in groups if not has_effect
+            for name in names}
+
+
+def _settings(args: argparse.Namespace, without_effect: Dict[str, str]) -> Dict[str, Any]:
+    left_out = {*NOT_SETTINGS, *Plan._fields, *without_effect}
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings["effective batch size"] = args.world_size * args.batch_size * args.accum_iter
     return settings
+
+
+def shared(args: argparse.Namespace, plan: Plan) -> Dict[str, Any]:
+    """What must be the same on all machines of a run, by name."""
+    of_plan = {name: value for name, value in plan._asdict().items()
+               if isinstance(value, int)}  # which is true of bool, too
+    return {**{name: value for name, value in vars(args).items() if name not in OF_ONE_MACHINE},
+            **of_plan}
 
 
 def for_deit(args: argparse.Namespace, plan: Plan, start_epoch: int) -> argparse.Namespace:
@@ -166,14 +221,3 @@ def check_gpus(args: argparse.Namespace, plan: Plan) -> str:
         advice = "set NPROC_PER_NODE to that, or " if gpus else ""
         raise UserError(f"{found}; {advice}pass --device cpu for a smoke test")
     return f"{found}, --device {args.device}"
-
-
-def describe_batch_size(args: argparse.Namespace, plan: Plan) -> str:
-    """How the effective batch size comes about, and what would restore the published one."""
-    size = plan.settings["effective batch size"]
-    accumulated = f" x {plan.accum_iter} accumulated" if plan.accum_iter > 1 else ""
-    text = f"{size} = {count(args.world_size, 'process')} x {args.batch_size} images{accumulated}"
-    restoring, rest = divmod(PUBLISHED_BATCH_SIZE, args.world_size * args.batch_size)
-    if size != PUBLISHED_BATCH_SIZE and not rest:
-        text += f" (--accum-iter {restoring} restores the published {PUBLISHED_BATCH_SIZE})"
-    return text

@@ -7,14 +7,15 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import warnings
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import convert_to_deit
 
-from . import weights
+from . import provenance, weights
 from .errors import UserError
 from .options import Plan
 from .words import differing
@@ -31,16 +32,15 @@ class Start(NamedTuple):
     path: str  # of a checkpoint
     continues: bool  # whether that is --output_dir's own, so that all settings must be the same
     epoch: int  # the first epoch to train, from 0; more than 0 if a run is resumed
-    pretrained: str  # the name of the file that training began with
+    parent: Optional[str]  # the checkpoint of another run that this run went on from
+    pretrained: Dict[str, str]  # what training began with, see provenance.of_weights
+    rows: List[Dict[str, Any]]  # of log.txt, for the epochs before
     state: Dict[str, Any]  # the checkpoint, at least `model`
 
 
 def find_start(args: Namespace, plan: Plan) -> Start:
     """Continue what is in --output_dir, or else start from --resume. Raises UserError."""
-    path, continues = choose_checkpoint(args, plan)
-    start = read_start(path, continues, args, plan)
-    check_settings(start, args, plan)
-    return start
+    return read_start(*choose_checkpoint(args, plan), args, plan)
 
 
 def choose_checkpoint(args: Namespace, plan: Plan) -> Tuple[str, bool]:
@@ -72,32 +72,47 @@ def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start
     if epoch >= args.epochs and not continues:
         raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
                         "continue from it")
-    pretrained = os.path.basename(plan.pretrained)
-    if continues and (not pretrained or is_of_run(plan.pretrained, args.output_dir)):
-        pretrained = state.get("pretrained", pretrained)  # as DeiT itself is continued
-    return Start(path, continues, epoch, pretrained, state)
+    pretrained, parent = state.get("pretrained"), state.get("parent")
+    named = os.path.abspath(plan.pretrained)
+    if epoch and not continues:
+        parent = named
+    is_this_run = named == parent or is_of_run(named, args.output_dir)
+    if pretrained is None or os.path.exists(plan.pretrained) and not is_this_run:
+        pretrained = provenance.of_weights(plan.pretrained or path)
+    rows = [row for row in read_log(Path(path).with_name("log.txt")) if row["epoch"] < epoch]
+    return Start(path, continues, epoch, parent, pretrained, rows, state)
 
 
-def check_settings(start: Start, args: Namespace, plan: Plan) -> None:
+def check_settings(start: Start, settings: Dict[str, Any], is_evaluation: bool) -> None:
     """Raise UserError if the checkpoint belongs to a run with other settings."""
     before = start.state.get("settings", {})  # plain DeiT's has none
-    names = set(before) if start.continues else OF_WEIGHTS if args.eval else OF_STATE
-    different = differing(plan.settings, {name: value for name, value in before.items()
-                                          if name in names}, "there")
-    advice = "pass the same"
-    if start.continues:
-        different += differing({"--resume": start.pretrained},
-                               {"--resume": start.state.get("pretrained")}, "there")
-        advice = "pass another --output_dir, or --overwrite to start from scratch"
+    names = set(before) if start.continues else OF_WEIGHTS if is_evaluation else OF_STATE
+    different = differing(settings, {name: before[name] for name in before if name in names},
+                          "there")
+    own, its = start.pretrained, start.state.get("pretrained", start.pretrained)
+    if start.continues and own.get("crc32") != its.get("crc32"):
+        different.append("--resume {file}, checksum {crc32}".format(**own)
+                         + " (there: {file}, checksum {crc32})".format(**its))
     if different:
+        advice = ("pass another --output_dir, or --overwrite to start from scratch"
+                  if start.continues else "pass the same")
         raise UserError(f"{start.path} comes from a run with other settings: "
                         f"{', '.join(different)}; {advice}")
 
 
 def is_of_run(path: str, folder: str) -> bool:
     """Whether ``path`` is a file of the run in ``folder``."""
-    return (Path(path).resolve().parent == Path(folder).resolve()
-            and Path(path).name in RUN_FILES)
+    return bool(folder) and (Path(path).resolve().parent == Path(folder).resolve()
+                             and Path(path).name in RUN_FILES)
+
+
+def read_log(path: Path) -> List[Dict[str, Any]]:
+    """The rows of a log.txt, without half a line that a crash left and without lines of others."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("epoch"), int)]
 
 
 class RunFolder:
@@ -129,28 +144,47 @@ class RunFolder:
                             "another folder")
         return str(self.path)
 
-    def begin(self, epochs: int, overwrite: bool, facts: Dict[str, Any]) -> List[Dict[str, Any]]:
-        """Remove what a crash left, keep the first ``epochs`` rows of log.txt and return them.
+    def begin(self, start: Start, overwrite: bool, facts: Dict[str, Any],
+              launch: Dict[str, Any]) -> None:
+        """Remove what a crash left, cut log.txt back to the start, and write run.json.
 
         With ``overwrite`` no file of an earlier run stays. A log without its checkpoint may be all
-        that is left of a run: it is kept as log.txt.old. ``facts``, which report.py reads and
-        log.txt does not contain, become run.json.
+        that is left of a run: it is kept as log.txt.old. What report.py reads besides log.txt, and
+        a record of each launch, become run.json.
         """
         names = RUN_FILES if overwrite else ()
         for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
             left_over.unlink(missing_ok=True)
-        log, rows = self.path / "log.txt", []
-        for line in log.read_text().splitlines() if log.exists() else ():
-            with contextlib.suppress(ValueError):  # half a line, left by a crash
-                rows.append(json.loads(line))
-        if rows and epochs == 0:
+        log = self.path / "log.txt"
+        if not start.continues and log.exists():
             log.rename(self.path / "log.txt.old")
-        kept = [row for row in rows if row["epoch"] < epochs]
-        lines = "".join(json.dumps(row) + "\n" for row in kept)
-        for name, text in (("log.txt", lines), ("run.json", json.dumps(facts, indent=1))):
-            with convert_to_deit.atomic_write(str(self.path / name)) as file:
-                file.write(text.encode())
-        return kept
+        launches = self._read_run_json().get("launches", []) if start.continues else []
+        lines = "".join(json.dumps(row) + "\n" for row in start.rows)
+        with convert_to_deit.atomic_write(str(log)) as file:
+            file.write(lines.encode())
+        best = Path(start.path).with_name("best_checkpoint.pth")
+        if start.parent and not start.continues and best.exists():
+            with convert_to_deit.atomic_write(str(self.path / best.name)) as file, \
+                    best.open("rb") as parents:
+                shutil.copyfileobj(parents, file)
+        self._write_run_json({**facts, "parent": start.parent, "pretrained": start.pretrained,
+                              "launches": [*launches, launch]})
+
+    def end(self) -> None:
+        """Note in run.json when this launch ended."""
+        facts = self._read_run_json()
+        facts["launches"][-1]["ended"] = provenance.now()
+        self._write_run_json(facts)
+
+    def _read_run_json(self) -> Dict[str, Any]:
+        try:
+            return json.loads((self.path / "run.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def _write_run_json(self, facts: Dict[str, Any]) -> None:
+        with convert_to_deit.atomic_write(str(self.path / "run.json")) as file:
+            file.write(json.dumps(facts, indent=1).encode())
 
     def log(self, row: Dict[str, Any]) -> None:
         """Append an epoch's row to log.txt, flushed to disk."""

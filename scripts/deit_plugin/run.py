@@ -1,22 +1,24 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
 import json
+import random
 import shlex
 import time
+import zlib
 from argparse import Namespace
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.distributed
 
-from . import accumulation, loaders, options, weights
+from . import accumulation, loaders, options, output, provenance, recipe, weights
 from .data import Data
 from .errors import UserError, one_line
 from .evaluation import evaluate
 from .options import Plan
 from .output import RunFolder, Start
-from .words import count, differing
+from .words import count, differing, unequal
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
              "train_one_epoch", "evaluate")
@@ -54,9 +56,9 @@ class Run:
         self.main, self.args, self.plan, self.data = main, args, plan, data
         self.folder, self.start = folder, start
         self.deit = SimpleNamespace(**vars(main))  # DeiT's functions, which run_deit replaces
-        self.differs = (*plan.differs, *data.differs)  # from the published recipe
-        self.steps_per_epoch = 0 if args.eval else loaders.steps_per_epoch(
-            len(data.train), args, plan.accum_iter)
+        self.recipe = recipe.compare(args, plan, data)
+        self.settings = self.recipe.settings
+        output.check_settings(start, self.settings, args.eval)
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
         self.scheduler = self.trained = None
         self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
@@ -67,11 +69,10 @@ class Run:
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
         self.main.print = lambda *_: None  # duplicates our own output and prints all arguments
-        args = options.for_deit(self.args, self.plan, self.start.epoch)
-        # Otherwise a resumed run would draw the augmentation of the first epochs again.
-        args.seed += args.world_size * self.start.epoch
-        self.main.main(args)
-        if not self.args.eval:
+        random.seed(self.args.seed + self.args.rank)  # DeiT leaves it out
+        self.main.main(options.for_deit(self.args, self.plan, self.start.epoch))
+        if self.args.rank == 0 and not self.args.eval:
+            self.folder.end()
             path = self.folder.path
             self._say(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
                       f"{(self.best['epoch'] or 0) + 1}, {path / 'best_checkpoint.pth'}\n"
@@ -83,7 +84,9 @@ class Run:
 
     def build_dataset(self, is_train: bool, args: Namespace) -> Tuple[Any, int]:
         """The images that were built before, and the number of classes."""
-        return self.data.train if is_train else self.data.test, len(self.data.classes)
+        # DeiT also wants train images under --eval, but only to count them.
+        use_train = is_train and self.data.train is not None
+        return self.data.train if use_train else self.data.test, len(self.data.classes)
 
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
         """The model with its weights."""
@@ -92,9 +95,9 @@ class Run:
         path, classes = self.start.path, self.data.classes
         its_classes = self.start.state.get("classes", classes)
         if its_classes != classes:
-            raise UserError(f"{path} comes from a run on other classes, "
-                            f"{', '.join(its_classes):.80}: --data-path {self.args.data_path} must "
-                            "have the same")
+            raise UserError(f"{path} comes from a run on other classes "
+                            f"({unequal(classes, its_classes, 'here', 'there')}): --data-path "
+                            f"{self.args.data_path} must have the same")
         size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
         kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
         try:
@@ -130,10 +133,13 @@ class Run:
         if self.train_loader is None:
             self._begin(parts)
             self.batches = loaders.Batches(data_loader, self.args, self.plan.accum_iter)
-            self.train_loader = loaders.persistent(data_loader, self.batches)
+            self.train_loader = loaders.training(data_loader, self.batches)
         began = time.monotonic()
         self.batches.set_epoch(epoch)
-        loader = accumulation.Loader(self.train_loader, model, self.plan.accum_iter)
+        batches = iter(self.train_loader)  # draws a number from torch's generator, so seed after it
+        if epoch > 0:
+            loaders.seed_process(self.args, epoch)
+        loader = accumulation.Loader(batches, len(self.train_loader), model, self.plan.accum_iter)
         scaler = accumulation.Scaler(loss_scaler, optimizer, loader)
         ema = model_ema and accumulation.Ema(model_ema, loader)
         try:
@@ -172,11 +178,15 @@ class Run:
             for name in ("optimizer", "model_ema", "scaler"):
                 if parts[name] is not None and state.get(name):  # DeiT of 2020 saves no scaler
                     parts[name].load_state_dict(state[name])
+            self.scheduler.step(self.start.epoch - 1)  # the rate by this run's own schedule
         if self.args.rank == 0:
-            rows = self.folder.begin(self.start.epoch, self.plan.overwrite, {
-                "settings": self.plan.settings, "differs": self.differs,
-                "classes": self.data.classes})
-            self.best = max([self.best, *rows], key=lambda row: row.get("test_acc1", -1))
+            facts = {"settings": self.settings, "differs": self.recipe.differs,
+                     "classes": self.data.classes}
+            launch = provenance.of_launch(self.plan.arguments, self.machines)
+            self.folder.begin(self.start, self.plan.overwrite, facts, launch)
+            if (self.folder.path / "best_checkpoint.pth").exists():
+                self.best = max([self.best, *self.start.rows],
+                                key=lambda row: row.get("test_acc1", -1))
         self._say(self.describe())
         state.clear()  # frees its memory; nothing reads it from here on
         self.began = time.monotonic()
@@ -188,7 +198,7 @@ class Run:
             start += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
         elif weights.HEAD[0] not in self.start.state["model"]:
             start += " (the classifier head is new)"
-        size, rate = plan.settings["effective batch size"], f"{args.lr:g}"
+        size, rate = self.settings["effective batch size"], f"{args.lr:g}"
         if not getattr(args, "unscale_lr", False):
             rate += f" x {size} / 512 = {args.lr * size / 512:g}"
         return "\n  ".join([
@@ -196,23 +206,36 @@ class Run:
             f"{len(self.data.test)} test images, {count(len(self.data.classes), 'class')}",
             f"start: {start}",
             f"output: {args.output_dir}",
-            f"effective batch size: {options.describe_batch_size(args, plan)}; "
-            f"{count(self.steps_per_epoch, 'step')} per epoch",
+            f"effective batch size: {recipe.describe_batch(self.recipe, args, plan)}",
             f"learning rate: {rate}",
             f"evaluation every {count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(plan.save_freq, 'epoch')}, both after the last",
-            f"settings that differ from the published recipe: {', '.join(self.differs) or 'none'}"])
+            *self._describe_differences()])
+
+    def _describe_differences(self) -> List[str]:
+        lines = []
+        if self.recipe.published:
+            lines.append("settings that differ from the published recipe: "
+                         f"{', '.join(self.recipe.differs) or 'none'}")
+        if self.start.epoch and not self.start.continues:
+            changed = differing(self.settings, self.start.state.get("settings", {}), "there")
+            lines.append(f"changed since {self.start.path}: {', '.join(changed) or 'nothing'}")
+        return lines
 
     def _check_same_everywhere(self) -> None:
         """Machines that were launched differently would train different models, or wait forever."""
-        text = json.dumps({**self.plan.settings, "first epoch": self.start.epoch + 1,
-                           "train and test images": [len(self.data.train), len(self.data.test)]})
+        text = json.dumps({
+            **options.shared(self.args, self.plan), **self.settings,
+            "first epoch": self.start.epoch + 1, "checksum of --resume": self.start.pretrained,
+            "checksum of the class names": zlib.crc32(repr(self.data.classes).encode()),
+            **provenance.of_process(self.args)})
         # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
         own = torch.tensor([*text.ljust(2**16).encode()], device=self.args.device)
         everyone = [torch.zeros_like(own) for _ in range(self.args.world_size)]
         torch.distributed.all_gather(everyone, own)
+        everyone = [json.loads(bytes(its.tolist())) for its in everyone]
+        self.machines = [{name: its.pop(name) for name in ("host", "device")} for its in everyone]
         for rank, its in enumerate(everyone):
-            its = json.loads(bytes(its.tolist()))
             different = differing(json.loads(text), its, f"rank {rank}")
             if different:
                 raise UserError(f"rank {self.args.rank} has {', '.join(different)}: pass the same "
@@ -240,8 +263,8 @@ class Run:
             ["checkpoint.pth"] if is_best or self._is_due(self.plan.save_freq) else [])
         if saves:
             state = {name: part and part.state_dict() for name, part in parts.items()}
-            state.update(epoch=epoch, settings=self.plan.settings, classes=self.data.classes,
-                         pretrained=self.start.pretrained,
+            state.update(epoch=epoch, settings=self.settings, classes=self.data.classes,
+                         pretrained=self.start.pretrained, parent=self.start.parent,
                          args=vars(self.args))  # a plain dict, which weights_only loads
         for name in saves:
             self.folder.save(name, state)
@@ -252,6 +275,8 @@ class Run:
             accuracy = f"{in_words(tested)} (best accuracy {self.best['test_acc1']:.2f} %); "
         elapsed = time.monotonic() - self.began
         to_go = elapsed / (done - self.start.epoch) * (self.args.epochs - done)
+        elapsed += sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
+                       for row in self.start.rows)
         so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
         self._say(f"Epoch {done} of {self.args.epochs}: {accuracy}{so_far} so far, about {to_go} "
                   "to go")

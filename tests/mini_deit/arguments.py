@@ -15,7 +15,8 @@ DEFAULTS = {  # of the type that the option has
     "--model-ema-decay": 0.99996, "--model": "deit_base_patch16_224", "--opt": "adamw",
     "--sched": "cosine", "--resume": "", "--remode": "pixel", "--data-set": "IMNET",
     "--data-path": "/datasets01/imagenet_full_size/", "--output_dir": "", "--device": "cuda",
-    "--dist_url": "env://",
+    "--dist_url": "env://", "--aa": "rand-m9-mstd0.5-inc1", "--color-jitter": 0.4,
+    "--train-interpolation": "bicubic", "--inat-category": "name", "--world_size": 1,
 }
 
 
@@ -30,10 +31,15 @@ def get_args_parser():
         dest = name.replace("-", "_")
         parser.add_argument(f"--{name}", action="store_true", default=True)
         parser.add_argument(f"--no-{name}", action="store_false", dest=dest)
-    parser.add_argument("--eval", action="store_true")
+    for flag in ("--eval", "--resplit", "--model-ema-force-cpu"):
+        parser.add_argument(flag, action="store_true")
     if SINCE_2021:
+        parser.add_argument("--dist-eval", action="store_true")
         parser.add_argument("--finetune", default="")
         parser.add_argument("--distillation-type", choices=["none", "soft", "hard"], default="none")
     if HEAD:
-        parser.add_argument("--bce-loss", action="store_true")
+        parser.set_defaults(color_jitter=0.3)
+        parser.add_argument("--eval-crop-ratio", type=float, default=0.875)
+        for flag in ("--bce-loss", "--ThreeAugment", "--src"):
+            parser.add_argument(flag, action="store_true")
     return parser

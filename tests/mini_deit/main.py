@@ -23,6 +23,7 @@ import utils
 from arguments import HEAD, SINCE_2021, get_args_parser  # noqa: F401
 from datasets import build_dataset
 from engine import evaluate, train_one_epoch
+from samplers import RASampler
 
 if HEAD:
     import augment  # noqa: F401
@@ -34,7 +35,8 @@ def make_loaders(args):
     if HEAD and not args.distributed:
         sampler = RandomSampler(train_set)
     else:
-        sampler = DistributedSampler(train_set, args.world_size, args.rank, shuffle=True)
+        kind = RASampler if args.repeated_aug else DistributedSampler
+        sampler = kind(train_set, args.world_size, args.rank, shuffle=True)
     shared = {"num_workers": args.num_workers, "pin_memory": args.pin_mem}
     return (DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **shared),
             DataLoader(test_set, int(1.5 * args.batch_size), **shared))
@@ -44,7 +46,7 @@ def make_criterion(args):
     """The mixup, if any, and the loss for it."""
     if args.mixup == 0 and args.cutmix == 0:
         return None, LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
+    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, label_smoothing=args.smoothing,
                   num_classes=args.nb_classes)
     return mixup, SoftTargetCrossEntropy()
 

@@ -1,0 +1,83 @@
+"""What was run: versions, commits, machines and the file that training began with."""
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import zipfile
+import zlib
+from argparse import Namespace
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+
+from .checkout import BUNDLE, deit_folder
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL")
+
+
+def of_launch(arguments: List[str], machines: List[Dict[str, str]]) -> Dict[str, Any]:
+    """Facts about this launch, for run.json.
+
+    arguments: of finetune.py; machines: what ``of_process`` returns in each rank.
+    """
+    return {
+        "started": now(), "ended": None,
+        "command": shlex.join(["scripts/finetune.py", *arguments]),
+        "versions": {"python": platform.python_version(), **{
+            name: getattr(import_module(name), "__version__", None) for name in PACKAGES}},
+        "deit": of_checkout(deit_folder(), "main.py"),
+        "bundle": of_checkout(BUNDLE, "scripts/finetune.py"),
+        "processes": len(machines),
+        "machines": sorted({f"{machine['host']}: {machine['device']}" for machine in machines}),
+    }
+
+
+def of_process(args: Namespace) -> Dict[str, str]:
+    """The host and the device of this process."""
+    device = platform.processor() or platform.machine()
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name(torch.cuda.current_device())
+    return {"host": socket.gethostname(), "device": device}
+
+
+def of_checkout(folder: Path, file: str) -> Dict[str, Any]:
+    """Commit of the git checkout that tracks ``file``, and whether tracked files were modified.
+
+    The commit is None without git, or if the file was copied into another checkout.
+    """
+    tracked = _git(folder, "ls-files", "--error-unmatch", file) is not None
+    return {"folder": str(folder),
+            "commit": _git(folder, "rev-parse", "HEAD") if tracked else None,
+            "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+            if tracked else None}
+
+
+def _git(folder: Path, *words: str) -> Optional[str]:
+    try:
+        return subprocess.run(["git", "-C", str(folder), *words], check=True, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def of_weights(path: str) -> Dict[str, str]:
+    """Name and checksum of a checkpoint file. A file that was moved or renamed keeps its checksum.
+
+    A zip file, as torch writes it, has checksums of its members at its end, so it is not read.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            content = repr([(member.filename, member.file_size, member.CRC)
+                            for member in archive.infolist()]).encode()
+    else:
+        content = Path(path).read_bytes()
+    return {"file": os.path.basename(path), "crc32": f"{zlib.crc32(content):08x}"}
+
+
+def now() -> str:
+    """The time of day, with its time zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,148 @@
+"""A run that was killed is the run that never stopped, to the last bit; and what may change."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import generate
+from conftest import ERAS, assert_rates, error_of, log_of, rates_of, saved, train
+from launches import after_saving, fork, kill_itself
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """300 train images: enough for --repeated-aug, which counts in groups of 256."""
+    folder = tmp_path_factory.mktemp("many")
+    generate.images(folder, train=300)
+    return folder
+
+
+AUGMENTED = ["--reprob", "0.5", "--drop-path", "0.3", "--mixup", "0.8", "--cutmix", "1",
+             "--warmup-epochs", "0", "--model-ema-decay", "0.9", "--epochs", "3"]
+
+
+def assert_identical(run, other):
+    """Losses, accuracies, weights, EMA and optimizer are equal bit for bit."""
+    logs = [[{name: value for name, value in row.items() if "seconds" not in name}
+             for row in log_of(folder)] for folder in (run, other)]
+    assert logs[0] == logs[1]
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        states = [saved(folder / name) for folder in (run, other)]
+        for part in ("model", "model_ema"):
+            for key, tensor in states[0][part].items():
+                assert torch.equal(tensor, states[1][part][key]), (name, part, key)
+        moments = [state["optimizer"]["state"] for state in states]
+        assert all(torch.equal(moments[0][number]["exp_avg"], moments[1][number]["exp_avg"])
+                   for number in moments[0])
+
+
+def kill_in_the_second_epoch():
+    """After two batches, when the first epoch's checkpoint is written."""
+    import deit_plugin.accumulation as accumulation
+
+    iterate = accumulation.Loader.__iter__
+
+    def die_later(loader):
+        for number, batch in enumerate(iterate(loader)):
+            if number == 2 and epochs:
+                kill_itself()
+            yield batch
+        epochs.append(1)
+
+    epochs = []
+    accumulation.Loader.__iter__ = die_later
+
+
+def leave_out_seeding():
+    import deit_plugin.loaders as loaders
+
+    loaders._seed_cpu = lambda *key: 0
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("era, processes, more", [
+    (ERAS[-1], 1, ["--accum-iter", "2", "--repeated-aug"]),
+    *[pytest.param(era, 2, [], marks=[] if era == ERAS[0] else pytest.mark.slow) for era in ERAS]])
+def test_a_killed_run_ends_as_one_that_never_stopped(era, processes, more, workers, many, flags,
+                                                     tmp_path):
+    flags = [*flags, *AUGMENTED, *more, "--data-set", "folder", "--data-path", many,
+             "--num_workers", workers]
+    options = {"processes": processes, "era": era}
+    train("pets", *flags, **options)
+    killed = [*flags, "--output_dir", tmp_path / "killed"]
+    assert fork("pets", *killed, **options, before=kill_in_the_second_epoch).returncode
+    shutil.copytree(tmp_path / "killed", tmp_path / "control")
+    assert "epoch 2 of 3 comes next" in train("pets", *killed, **options).stdout
+    assert_identical(tmp_path / "run", tmp_path / "killed")
+    if workers == "2":  # a negative control
+        train("pets", *flags, "--output_dir", tmp_path / "control", **options,
+              before=leave_out_seeding)
+        with pytest.raises(AssertionError):
+            assert_identical(tmp_path / "run", tmp_path / "control")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_two_launches_with_the_same_seed_are_the_same_run(workers, flags, tmp_path):
+    flags = [*flags, *AUGMENTED, "--num_workers", workers]
+    train("pets", *flags)
+    train("pets", *flags, "--output_dir", tmp_path / "again", "--eval-freq", "1")
+    assert_identical(tmp_path / "run", tmp_path / "again")
+    train("pets", *flags, "--output_dir", tmp_path / "other", "--seed", "1")
+    assert log_of(tmp_path / "run")[0]["train_loss"] != log_of(tmp_path / "other")[0]["train_loss"]
+
+
+def test_more_epochs_follow_their_own_schedule(flags, tmp_path):
+    """And log, best accuracy and time continue from the parent."""
+    parent, child = tmp_path / "run", tmp_path / "child"
+    train("pets", *flags, "--epochs", "4", "--warmup-epochs", "1", "--lr", "0.01")
+    best = max(row["test_acc1"] for row in log_of(parent))
+    more = [*flags, "--epochs", "6", "--warmup-epochs", "1", "--lr", "0.01", "--output_dir", child,
+            "--resume", parent / "checkpoint.pth"]
+    killed = fork("pets", *more, before=after_saving(kill_itself))
+    assert f"changed since {parent}/checkpoint.pth: --epochs 6 (there: 4)" in killed.stdout
+    train("pets", *more)
+    assert rates_of(child)[:4] == rates_of(parent)
+    train("pets", *flags, "--epochs", "6", "--warmup-epochs", "1", "--lr", "0.01", "--output_dir",
+          tmp_path / "six")
+    assert rates_of(child)[4:] == rates_of(tmp_path / "six")[4:]
+    assert_rates(tmp_path / "six", 6, 1, 0.01 * 8 / 512)
+    assert [row["epoch"] for row in log_of(child)] == list(range(6))
+    facts = json.loads((child / "run.json").read_text())
+    assert facts["parent"] == str(parent / "checkpoint.pth") and len(facts["launches"]) == 2
+    assert saved(child / "best_checkpoint.pth")["epoch"] < 4 or max(
+        row["test_acc1"] for row in log_of(child)) > best
+
+
+def test_a_photo_more_is_another_run(data, flags, tmp_path):
+    own = shutil.copytree(data / "folder", tmp_path / "own")
+    flags = [*flags, "--data-set", "folder", "--data-path", own]
+    train("pets", *flags, "--epochs", "1")
+    shutil.copy(next(own.glob("train/ant/*")), own / "train" / "ant" / "new.png")
+    line = error_of(fork("pets", *flags, "--epochs", "1"))
+    assert "44 train images (there: 43)" in line and "--overwrite" in line
+
+
+def test_moved_weights_are_the_same_and_other_weights_are_not(checkpoint, flags, tmp_path):
+    moved, other = tmp_path / "moved.pth", tmp_path / checkpoint.name
+    shutil.copy(checkpoint, moved)
+    state = saved(checkpoint)["model"]
+    torch.save({"model": {**state, "norm.bias": state["norm.bias"] + 1}}, other)
+    train("pets", *flags)
+    assert "nothing left" in train("pets", *flags, "--resume", moved).stdout
+    line = error_of(fork("pets", *flags, "--resume", other))
+    assert f"--resume {checkpoint.name}" in line and "checksum" in line
+    os.remove(moved)
+    assert "nothing left" in train("pets", *flags, "--resume", moved).stdout
+
+
+def test_run_json_says_what_was_run(flags, checkpoint, tmp_path):
+    train("pets", *flags, processes=2)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    launch = facts["launches"][0]
+    assert launch["versions"]["torch"] == torch.__version__ and launch["processes"] == 2
+    assert launch["started"] <= launch["ended"] and str(checkpoint) in launch["command"]
+    assert facts["pretrained"]["file"] == checkpoint.name and len(launch["machines"]) == 1
+    assert set(launch["bundle"]) == {"folder", "commit", "modified"}
+    train("pets", *flags, "--overwrite", PATH="/bin")  # without git, perhaps
