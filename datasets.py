@@ -1,35 +1,94 @@
-"""DeiT's `build_dataset` for CIFAR, Oxford Flowers-102, Oxford-IIIT Pets and folders of images."""
+"""DeiT's `build_dataset` for CIFAR, Oxford Flowers and Pets, ImageNet and folders of images."""
 
 import contextlib
 import functools
 import os
 import warnings
-from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from collections import Counter
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
+import numpy
+from PIL import Image, ImageOps
+from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
-from torchvision.datasets import ImageFolder, cifar
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import cifar
+from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder, pil_loader
 from torchvision.datasets.utils import calculate_md5, check_md5
+from torchvision.datasets.vision import VisionDataset
 
 from oxford_flowers_dataset import Flowers
 from oxford_pets_dataset import Pets
 
 
-def build_transform(is_train: bool, args: Any) -> Callable:
-    """MoCo v3's transforms for fine-tuning, with DeiT's random erasing if `args.reprob` is set.
+def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
+    """The data set `args.data_set` at `args.data_path`, and its number of classes.
+
+    Complete data are used as they are. Missing data are downloaded, by one process per machine
+    while the others wait: CIFAR always, Flowers and Pets if `args.download` is true.
 
     Args:
-        is_train: True for training: a random crop of at least 5 % of the area, a random flip, and
-            random erasing. False for evaluation: resize to 256/224 of the input size, centre crop.
-        args: with `input_size` in pixels; for training, where they exist, `reprob` (0 to 1),
-            `remode` and `recount`, timm's options of random erasing.
+        is_train: True for the train images, False for the images to evaluate on: the test images,
+            or for folders val/ (or valid/, or test/ if there is neither).
+        args: with `data_set`, `data_path`, and what build_transform reads; optionally `download`,
+            and `test_split`, which selects test/ of folders that also have a val/.
+
+    Returns:
+        (dataset, int): an item is a tensor as build_transform makes it, and a label as Python int.
+
+    Raises:
+        NotImplementedError: the data set is not in DATA_SETS.
+        FileNotFoundError, ValueError: a file is missing, or not what it should be.
+        OSError: a failed download; when indexing, an image that cannot be decoded.
+    """
+    if args.data_set not in DATA_SETS:
+        raise NotImplementedError(f"--data-set {args.data_set}: choose from {', '.join(DATA_SETS)}")
+    row = DATA_SETS[args.data_set]
+    root, split = os.path.abspath(os.path.expanduser(args.data_path)), split_of(is_train, args)
+    missing = row.missing(root, split)
+    if missing and row.downloads(args):
+        _download(row, root, split)
+    elif missing:
+        raise FileNotFoundError(f"{missing[0]} is missing; {row.how_to_get(root)}")
+    dataset = row.build(root, split, build_transform(is_train, args))
+    if hasattr(dataset, "loader"):  # it reads one file per image
+        dataset.loader = functools.partial(read_image, row.loader)
+    return dataset, len(dataset.classes)
+
+
+def split_of(is_train: bool, args: Any) -> str:
+    """The name of the split: "train", or "test" if `args.test_split` is true, or else "val"."""
+    return "train" if is_train else "test" if getattr(args, "test_split", False) else "val"
+
+
+# Transforms
+
+
+def build_transform(is_train: bool, args: Any) -> Callable:
+    """The transform of `args.data_set`, or MoCo v3's if there is no such argument.
+
+    Args:
+        is_train: True for training, with augmentation; False for evaluation.
+        args: what `transfer_transform` or `imagenet_transform` reads.
 
     Returns:
         A callable that takes an RGB PIL image of any size and returns a float32 tensor of shape
         (3, input_size, input_size), normalised by ImageNet's mean and deviation: -2.12 to 2.64.
+    """
+    row = DATA_SETS.get(getattr(args, "data_set", None))
+    return (row.transform if row else transfer_transform)(is_train, args)
+
+
+def transfer_transform(is_train: bool, args: Any) -> Callable:
+    """MoCo v3's transform for fine-tuning, with DeiT's random erasing if `args.reprob` is set.
+
+    Training: a random crop of at least 5 % of the area, a random flip, and random erasing.
+    Evaluation: resize to 256/224 of the input size, centre crop. Source: MoCo v3's
+    transfer/datasets.py.
+
+    args: with `input_size` in pixels; for training, where they exist, `reprob` (0 to 1), `remode`
+    and `recount`, timm's options of random erasing.
     """
     size = args.input_size
     steps = [transforms.Resize(int(256 / 224 * size)), transforms.CenterCrop(size)]
@@ -44,41 +103,33 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     return transforms.Compose(steps)
 
 
-def build_dataset(is_train: bool, args: Any) -> Tuple[Any, int]:
-    """The data set `args.data_set` at `args.data_path`, and its number of classes.
+def imagenet_transform(is_train: bool, args: Any) -> Callable:
+    """DeiT's transform for ImageNet, as its commit at hand has it.
 
-    Complete data are used as they are. Missing data are downloaded, by one process per machine
-    while the others wait: CIFAR always, Flowers and Pets if `args.download` is true.
-
-    Args:
-        is_train: True for the train images, False for the test images.
-        args: with `data_set`, `data_path`, optionally `download`, and what build_transform reads.
-
-    Returns:
-        (dataset, int): an item is a tensor as build_transform makes it, and a label as Python int.
-
-    Raises:
-        NotImplementedError: the data set is not in DATA_SETS.
-        FileNotFoundError, ValueError: a file is missing, or not what it should be.
-        OSError: a failed download; when indexing, an image that cannot be decoded.
+    args: DeiT's `input_size`, `color_jitter`, `aa`, `train_interpolation`, `reprob`, `remode`,
+    `recount`, and for evaluation `eval_crop_ratio`, which only newer commits have.
     """
-    if args.data_set not in DATA_SETS:
-        raise NotImplementedError(f"--data-set {args.data_set}: choose from "
-                                  f"{', '.join(DATA_SETS)}; ImageNet is a `folder`")
-    row = DATA_SETS[args.data_set]
-    root = os.path.abspath(os.path.expanduser(args.data_path))
-    missing = row.missing(root, is_train)
-    if missing and row.downloads(args):
-        _download(row, root, is_train)
-    elif missing:
-        raise FileNotFoundError(f"{missing[0]} is missing; {row.how_to_get(root)}")
-    dataset = row.build(root, is_train, build_transform(is_train, args))
-    if hasattr(dataset, "loader"):  # it reads one file per image
-        dataset.loader = functools.partial(_read_image, dataset.loader)
-    return dataset, len(dataset.classes)
+    size, is_large = args.input_size, args.input_size > 32
+    if is_train:
+        transform = create_transform(
+            size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
+            re_count=args.recount)
+        if not is_large:
+            transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+        return transform
+    ratio = getattr(args, "eval_crop_ratio", None)
+    resized = int(256 / 224 * size) if ratio is None else int(size / ratio)
+    bicubic = getattr(transforms, "InterpolationMode", Image).BICUBIC  # torchvision before 0.9
+    steps = [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)] if is_large else []
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
+        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
 
 
-def _read_image(loader: Callable, path: str) -> Any:
+# Image files
+
+
+def read_image(loader: Callable, path: str) -> Any:
     """Load an image file; raise OSError with its path if it cannot be decoded."""
     try:
         return loader(path)
@@ -86,19 +137,132 @@ def _read_image(loader: Callable, path: str) -> Any:
         raise OSError(f"{path} is not readable as an image ({error!r}): replace it") from error
 
 
-class DataSet(NamedTuple):
-    """A choice of --data-set."""
+def load_photo(path: str) -> Image.Image:
+    """An image of any format that Pillow opens, as it is meant to be seen: RGB with 8 bits.
 
-    build: Callable  # (root, is_train, transform) -> a data set like torchvision's
-    missing: Callable  # (root, is_train) -> paths that the split needs and that do not exist
+    Its EXIF orientation is applied, transparency becomes white, 16 bits and floats from 0 to 1 are
+    scaled to 8 bits, and an animation yields its first frame. Raises ValueError for other numbers.
+    """
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith(("I", "F")):
+            image = _scale_to_8_bits(image)
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    pixels = numpy.asarray(image)
+    highest = 1 if image.mode == "F" else 65535
+    if not (pixels.min() >= 0 and pixels.max() <= highest):  # true for nan, too
+        raise ValueError(f"its pixels are {pixels.min()} to {pixels.max()}, not 0 to {highest}: "
+                         "save it with 8 bits")
+    return Image.fromarray((pixels.astype("float64") * (255 / highest)).round().astype("uint8"))
+
+
+def has_usual_ending(path: str) -> bool:
+    """Whether torchvision takes the file for an image, by its name."""
+    return path.lower().endswith(IMG_EXTENSIONS)
+
+
+def can_open(path: str) -> bool:
+    """Whether Pillow can open the file. A file with a usual ending is not looked at."""
+    if has_usual_ending(path):
+        return True
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # Pillow's plug-ins raise almost anything
+        return False
+
+
+# What operating systems and tools leave in folders of photos, besides names that start with a dot.
+HIDDEN = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "Thumbs.db"}
+
+
+def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
+    """The paths of all images below a folder, in torchvision's order; the other files' endings.
+
+    Hidden files and folders do not count. Symbolic links are followed.
+    """
+    walked, images, left_out = [], [], Counter()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = filter(_is_visible, folders)
+        walked.append((where, sorted(filter(_is_visible, files))))
+    for where, files in sorted(walked):
+        for path in (os.path.join(where, name) for name in files):
+            if is_image(path):
+                images.append(path)
+            else:
+                left_out[os.path.splitext(path)[1] or "no ending"] += 1
+    return images, left_out
+
+
+def left_out_in_words(left_out: Counter) -> str:
+    """How many files are left out, by ending."""
+    endings = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(5))
+    return f"{sum(left_out.values())} files are left out, which Pillow cannot open: {endings}"
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in HIDDEN
+
+
+class ClassFolders(DatasetFolder):
+    """The images below folder/CLASS/ for each class; `left_out` counts other files by ending.
+
+    Args:
+        folder: contains a folder for each class.
+        classes: names of the classes; a label is an index of this list.
+        is_image: takes a path and tells whether to use the file.
+        transform: applied to each image.
+
+    Raises ValueError if a class has no images.
+    """
+
+    def __init__(self, folder: str, classes: List[str], is_image: Callable, transform: Callable
+                 ) -> None:
+        # DatasetFolder gives len() and items; its own __init__ would use hidden folders, too.
+        VisionDataset.__init__(self, folder, transform=transform)
+        self.classes, self.loader = classes, pil_loader
+        self.samples, self.left_out, empty = [], Counter(), []
+        for label, name in enumerate(classes):
+            images, left_out = list_images(os.path.join(folder, name), is_image)
+            self.samples += [(path, label) for path in images]
+            self.left_out += left_out
+            empty += [] if images else [name]
+        if empty:
+            raise ValueError(f"{folder}: no images of the classes {first_five(empty)}")
+        self.targets = [label for _, label in self.samples]
+
+
+def first_five(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+# The choices of --data-set
+
+
+class DataSet(NamedTuple):
+    """A choice of --data-set. A split is "train", "val" or "test", as `split_of` says."""
+
+    build: Callable  # (root, split, transform) -> a data set like torchvision's
+    missing: Callable  # (root, split) -> paths that the split needs and that do not exist
     layout: Tuple[str, ...]  # what the root must contain, as patterns of `glob`
     expected: str = ""  # the layout in words, where the patterns are not enough
     official: Optional[Tuple[int, int]] = None  # numbers of train and test images
+    transform: Callable = transfer_transform  # (is_train, args) -> transform
+    loader: Callable = pil_loader  # (path) -> image
+    flags: Tuple[str, ...] = ()  # arguments that only this data set and some others read
     download: Optional[Callable] = None  # (root): download what is missing
     url: str = ""  # where it is downloaded from
     md5: Dict[str, str] = {}  # of the files that are downloaded
     always_download: bool = False  # also without --download
-    flags: Tuple[str, ...] = ()  # arguments that only this data set's transforms read
 
     def downloads(self, args: Any) -> bool:
         """Whether missing data are to be downloaded."""
@@ -116,80 +280,105 @@ class DataSet(NamedTuple):
 
 def _cifar(kind: Any) -> DataSet:
     """torchvision's CIFAR10 or CIFAR100, which loads only the official files."""
-    def files(root: str, is_train: bool) -> List[Tuple[str, str]]:
+    def files(root: str, split: str) -> List[Tuple[str, str]]:
         """Path and md5 of each file that a split needs."""
-        listed = (kind.train_list if is_train else kind.test_list) + [
+        listed = (kind.train_list if split == "train" else kind.test_list) + [
             (kind.meta["filename"], kind.meta["md5"])]
         return [(os.path.join(root, kind.base_folder, name), md5) for name, md5 in listed]
 
-    def missing(root: str, is_train: bool) -> List[str]:
+    def missing(root: str, split: str) -> List[str]:
         """Also names what is incomplete: another process may be unpacking it."""
-        return [path for path, md5 in files(root, is_train) if not cifar.check_integrity(path, md5)]
+        return [path for path, md5 in files(root, split) if not cifar.check_integrity(path, md5)]
 
-    def build(root: str, is_train: bool, transform: Callable) -> Any:
+    def build(root: str, split: str, transform: Callable) -> Any:
         dataset = kind.__new__(kind)
         # torchvision verifies the files of both splits; those of the other one are not needed.
-        setattr(dataset, "test_list" if is_train else "train_list", [])
-        dataset.__init__(root, is_train, transform)
+        setattr(dataset, "test_list" if split == "train" else "train_list", [])
+        dataset.__init__(root, split == "train", transform)
         return dataset
 
     def download(root: str) -> None:
-        paths = [path for is_train in (True, False) for path, _ in files(root, is_train)]
+        paths = [path for split in ("train", "val") for path, _ in files(root, split)]
         if all(map(os.path.exists, paths)):
             raise ValueError(f"{root}/{kind.base_folder} contains other files than the official "
                              "ones (md5 differs): delete it to have them downloaded")
         kind(root, download=True)
 
     layout = tuple(f"{kind.base_folder}/{name}" for name, _ in kind.train_list + kind.test_list)
-    return DataSet(build, missing, layout, download=download, url=kind.url,
+    return DataSet(build, missing, layout, official=(50000, 10000), download=download, url=kind.url,
                    md5={kind.filename: kind.tgz_md5}, always_download=True)
 
 
-def _split_folder(root: str, is_train: bool) -> str:
-    """The folder of a split: root/train, or root/val, or root/test where there is no val/."""
-    names = ("train",) if is_train else ("val", "test")
+def _oxford(kind: Any, official: Tuple[int, int], *layout: str) -> DataSet:
+    """Flowers or Pets."""
+    return DataSet(lambda root, split, transform: kind(root, split == "train", transform),
+                   lambda root, split: kind.missing(root, split == "train"), layout,
+                   official=official, download=kind.download, url=kind.url, md5=kind.md5)
+
+
+def _split_folder(root: str, split: str) -> str:
+    """The folder of a split. "val" is also called valid/, or test/ where there is neither."""
+    names = ("val", "valid", "test") if split == "val" else (split,)
     folders = [os.path.join(root, name) for name in names]
     return next(filter(os.path.isdir, folders), folders[0])
 
 
-def _missing_folders(root: str, is_train: bool) -> List[str]:
-    folders = [_split_folder(root, part) for part in (True, False)]
-    return [folder for folder in folders if not os.path.isdir(folder)]
+def _missing_folder(root: str, split: str) -> List[str]:
+    folder = _split_folder(root, split)
+    return [] if os.path.isdir(folder) else [folder]
 
 
-def _image_folder(root: str, is_train: bool, transform: Callable) -> ImageFolder:
-    """The images of root/train/CLASS/, or of root/val/CLASS/."""
-    folders = [_split_folder(root, part) for part in (True, False)]
-    train, test = ({entry.name for entry in os.scandir(folder) if entry.is_dir()}
-                   for folder in folders)
-    if train != test or len(train) < 2:
-        unequal = ", ".join(sorted(train ^ test))
-        found = f"only one has {unequal}" if unequal else f"each has {len(train)}"
-        names = " and ".join(f"{os.path.basename(folder)}/" for folder in folders)
-        raise ValueError(f"{root}: {names} must have the same class folders, two or more; {found}")
-    folder = _split_folder(root, is_train)
-    empty = [name for name in sorted(train) if not any(
-        path.suffix.lower() in IMG_EXTENSIONS for path in Path(folder, name).rglob("*"))]
-    if empty:
-        raise ValueError(f"{folder}: no images of the classes {', '.join(empty)}")
-    return ImageFolder(folder, transform)
+def _class_names(folder: str) -> List[str]:
+    """The class folders. Raises ValueError if there are fewer than two."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if _is_visible(entry.name)]
+    names = sorted(entry.name for entry in visible if entry.is_dir())
+    if len(names) < 2:
+        raise ValueError(
+            f"{folder} must have two or more class folders; it has {len(names)}, and "
+            f"{len(visible) - len(names)} files: move each class's images into a folder of its own "
+            f"(ImageNet's val/: with {SORTS_IMAGENET})")
+    return names
+
+
+# What the PyTorch examples recommend for val/ as the archive of ImageNet unpacks it.
+SORTS_IMAGENET = ("https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/"
+                  "valprep.sh")
+
+
+def _class_folders(root: str, split: str, transform: Callable, is_image: Callable) -> ClassFolders:
+    """The images of root/train/CLASS/, root/val/CLASS/ or root/test/CLASS/."""
+    folder, train = _split_folder(root, split), _split_folder(root, "train")
+    classes = _class_names(folder)
+    if split != "train" and os.path.isdir(train):
+        others = _class_names(train)
+        for path, names in ((folder, set(classes) - set(others)),
+                            (train, set(others) - set(classes))):
+            if names:
+                raise ValueError(f"{root}: both splits must have the same class folders; only "
+                                 f"{os.path.basename(path)}/ has {first_five(sorted(names))}")
+    return ClassFolders(folder, classes, is_image, transform)
 
 
 DATA_SETS = {
     "cifar10": _cifar(cifar.CIFAR10),
     "cifar100": _cifar(cifar.CIFAR100),
-    "flowers": DataSet(
-        Flowers, Flowers.missing, ("jpg/image_*.jpg", "imagelabels.mat", "setid.mat"),
-        official=(2040, 6149), download=Flowers.download, url=Flowers.url, md5=Flowers.md5),
-    "pets": DataSet(
-        Pets, Pets.missing, ("images/*.jpg", "annotations/trainval.txt", "annotations/test.txt"),
-        official=(3680, 3669), download=Pets.download, url=Pets.url, md5=Pets.md5),
-    "folder": DataSet(_image_folder, _missing_folders, ("train/*/*",),
-                      "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg"),
+    "flowers": _oxford(Flowers, (2040, 6149), "jpg/image_*.jpg", "imagelabels.mat", "setid.mat"),
+    "pets": _oxford(Pets, (3680, 3669), "images/*.jpg", "annotations/trainval.txt",
+                    "annotations/test.txt"),
+    "imagenet": DataSet(
+        functools.partial(_class_folders, is_image=has_usual_ending), _missing_folder,
+        ("train/*/*",), "train/CLASS/*.JPEG and val/CLASS/*.JPEG",
+        official=(1281167, 50000), transform=imagenet_transform,
+        flags=("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")),
+    "folder": DataSet(
+        functools.partial(_class_folders, is_image=can_open), _missing_folder, ("train/*/*",),
+        "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg", loader=load_photo,
+        flags=("test_split",)),
 }
 
 
-def _download(row: DataSet, root: str, is_train: bool) -> None:
+def _download(row: DataSet, root: str, split: str) -> None:
     """Download what is missing, unless another process of this machine has done so meanwhile."""
     with contextlib.ExitStack() as until_done:
         try:
@@ -201,7 +390,7 @@ def _download(row: DataSet, root: str, is_train: bool) -> None:
         except (ImportError, OSError) as error:
             warnings.warn(f"downloading to {root} without a lock ({error}): let no other process "
                           "do the same", stacklevel=3)
-        if not row.missing(root, is_train):
+        if not row.missing(root, split):
             return
         try:
             row.download(root)

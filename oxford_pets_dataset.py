@@ -14,7 +14,8 @@ class Pets(DatasetFolder):
 
     37 breeds of cats and dogs: 3680 train images (`trainval.txt`) and 3669 test images
     (`test.txt`). An item is an RGB PIL image, or what `transform` makes of it, and a label: an int
-    from 0 to 36, one less than in the lists. Some files named .jpg are PNG or GIF images.
+    from 0 to 36, one less than in the lists; `classes` has the breeds' names. Some files named .jpg
+    are PNG or GIF images.
 
     Args:
         root: folder with `images/`, `annotations/trainval.txt` and `annotations/test.txt`.
@@ -31,7 +32,7 @@ class Pets(DatasetFolder):
         "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
         "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
     }
-    classes = [str(number) for number in range(1, 38)]  # the lists have numbers, not names
+    breeds = 37
 
     def __init__(self, root: str, train: bool = True, transform: Optional[Callable] = None,
                  download: bool = False) -> None:
@@ -42,6 +43,7 @@ class Pets(DatasetFolder):
             self.download(self.root)
         for path in self.missing(self.root, train):
             raise FileNotFoundError(errno.ENOENT, "missing from Oxford-IIIT Pets", path)
+        self.classes = self._class_names(self.root)
         self.samples = self._list_images(self.root, train)
         self.targets = [label for _, label in self.samples]
 
@@ -66,6 +68,16 @@ class Pets(DatasetFolder):
             name = "images.tar.gz"
             download_and_extract_archive(cls.url + name, root, md5=cls.md5[name])
 
+    @classmethod
+    def _class_names(cls, root: str) -> List[str]:
+        """The breeds by label: "Abyssinian_100" in the lists is one; a number for any other."""
+        names = [str(number) for number in range(1, cls.breeds + 1)]
+        for train in (True, False):
+            if os.path.isfile(cls._list_path(root, train)):
+                for path, label in cls._list_images(root, train):
+                    names[label] = os.path.basename(path).rpartition("_")[0] or names[label]
+        return names
+
     @staticmethod
     def _list_path(root: str, train: bool) -> str:
         return os.path.join(root, "annotations", "trainval.txt" if train else "test.txt")
@@ -78,10 +90,10 @@ class Pets(DatasetFolder):
             for line in filter(str.strip, file):
                 try:
                     name, number = line.split()[:2]
-                    label = cls.classes.index(number)
+                    label = range(1, cls.breeds + 1).index(int(number))
                 except ValueError as error:
                     raise ValueError(f"{path}: expected a name and a class from 1 to "
-                                     f"{len(cls.classes)}, found {line.strip()[:80]!r}") from error
+                                     f"{cls.breeds}, found {line.strip()[:80]!r}") from error
                 samples.append((os.path.join(root, "images", name + ".jpg"), label))
         if not samples:
             raise ValueError(f"{path} lists no images")

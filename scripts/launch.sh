@@ -24,7 +24,7 @@ override the recipe. The same command again continues a run that was stopped.
 environment variables and their defaults:
   DEIT_DIR           the DeiT checkout (default: the folder that this bundle was copied into)
   PYTHON             the Python to use (default: python3)
-  NPROC_PER_NODE     processes on this machine, one per GPU (default: 8)
+  NPROC_PER_NODE     processes on this machine, one per GPU (default: 8; with --eval: 1)
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
                      for several machines: their number (default: 1), this one's number from 0,
                      the address and a free port (default: 29500) of the first
@@ -37,6 +37,7 @@ refuse() {
 }
 
 python=${PYTHON:-python3}
+[[ " $* " != *" --eval "* ]] || : "${NPROC_PER_NODE:=1}"
 command -v "$python" >/dev/null || refuse "PYTHON=$python is not a command: set PYTHON to your Python"
 : "${NPROC_PER_NODE:=8}" "${NNODES:=1}" "${MASTER_PORT:=29500}"
 if [[ $NNODES == 1 ]]; then # such variables in the environment are for several machines

@@ -1,131 +1,249 @@
 #!/usr/bin/env python3
-"""What fine-tuning runs came to, finished, running or crashed: one table and one picture.
+"""What fine-tuning runs came to, whether finished, running or crashed: one table and one picture.
 
-    python scripts/report.py out/*
+    python scripts/report.py out
 
-The table needs nothing but Python, the picture matplotlib: it shows the curves of all runs and is
-report.png in the folder of the first.
+Runs are found at any depth below the folders. The table needs nothing but Python; the picture needs
+matplotlib.
 """
 import argparse
-import contextlib
 import json
+import os
 import signal
+import statistics
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-# Accuracy in %, by the table in MoCo v3's transfer/README.md.
-PUBLISHED = {"cifar10": 98.9, "cifar100": 90.5, "flowers": 97.7, "pets": 93.2}
-COLUMNS = ("run", "data set", "epochs", "best %", "last %", "published %", "vs. published",
-           "training time")
-LEGEND = "\npublished: by MoCo v3's authors, not run here; compared with whole runs of the recipe\n"
-PANELS = {"test_acc1": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss",
-          "train_lr": "Learning rate"}
-STYLE = {"figure.figsize": (13, 7.3), "figure.constrained_layout.use": True, "savefig.dpi": 150,
+# Accuracy in %, from the tables in MoCo v3's README.md and transfer/README.md.
+PUBLISHED = {"cifar10": 98.9, "cifar100": 90.5, "flowers": 97.7, "pets": 93.2, "imagenet": 83.2}
+COLUMNS = ("run", "data set", "epochs", "best %", "last %", "per class %", "published %",
+           "vs. published", "training time")
+NOTE = ("published: by MoCo v3's authors, not run here; compared with finished runs of the recipe. "
+        "per class: the mean of the classes' accuracies, last evaluation.")
+PANELS = {"test_loss": "Test loss", "train_loss": "Train loss", "train_lr": "Learning rate"}
+MOST_CURVES = 10
+STYLE = {"figure.figsize": (13, 8), "figure.constrained_layout.use": True, "savefig.dpi": 120,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "axes.titleweight": "bold", "axes.titlelocation": "left",
          "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.12}
 
 
-class Run:
-    """What log.txt and run.json in ``folder`` say. Raises OSError where that is no run.
+class LoggedRun:
+    """What log.txt and run.json in ``folder`` say. Raises OSError if there is no log.txt."""
 
-    rows: a dict for each epoch; differs: what differs from the published recipe.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.name = str(folder)
+        lines = map(parse, (folder / "log.txt").read_bytes().splitlines())
+        self.rows = [row for row in lines if type(row.get("epoch")) is int]
+        facts = folder / "run.json"
+        about = parse(facts.read_bytes()) if facts.is_file() else {}
+        self.has_facts = isinstance(about.get("settings"), dict)  # plain DeiT writes no run.json
+        self.settings = about["settings"] if self.has_facts else {}
+        differs, weights = about.get("differs"), about.get("pretrained")
+        self.differs = [str(text) for text in differs] if isinstance(differs, list) else []
+        self.weights = weights if isinstance(weights, dict) else {}
 
-    def __init__(self, folder):
-        self.name, self.rows = str(folder), []
-        for line in (folder / "log.txt").read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # half a line, left by a crash
-                self.rows.append(json.loads(line))
-        try:
-            about = json.loads((folder / "run.json").read_bytes())
-        except (OSError, ValueError):  # of plain DeiT's, or damaged
-            about = {"settings": {"data_set": "-", "epochs": "-"}, "differs": ["no run.json"]}
-        self.data_set, self.planned = about["settings"]["data_set"], about["settings"]["epochs"]
-        self.differs, self.published = about["differs"], PUBLISHED.get(self.data_set)
-        self.comparable = self.published and not self.differs
+        self.data_set = str(self.settings.get("data_set", "-"))
+        self.held_out = bool(self.settings.get("hold_out"))
+        self.published = None if self.held_out else PUBLISHED.get(self.data_set)
+        self.planned = self.settings.get("epochs", "-")
+        self.done = self.rows[-1]["epoch"] + 1 if self.rows else 0
+        accuracies = self.curve("test_acc1")[1]
+        self.best, self.last = (max(accuracies), accuracies[-1]) if accuracies else (None, None)
+        self.finished = self.done == self.planned and self.last is not None
 
-    def curve(self, key):
+    def curve(self, key: str) -> Tuple[List[int], List[float]]:
         """Epochs, counted from 1, that logged ``key``, and its values."""
-        rows = [row for row in self.rows if key in row]
+        rows = [row for row in self.rows if type(row.get(key)) in (int, float)]
         return [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
 
-    def cells(self):
+    def cells(self) -> List[str]:
         """The run's row of the table: a text for each of COLUMNS."""
-        accuracies = self.curve("test_acc1")[1] or [None]
-        best, done = max(accuracies), self.rows[-1]["epoch"] + 1 if self.rows else 0
-        compared = self.comparable and done == self.planned and best is not None
         seconds = sum(self.curve("train_seconds")[1])
-        return [self.name, self.data_set, f"{done} of {self.planned}",
-                number(best), number(accuracies[-1]), number(self.published, ".1f"),
-                number(best - self.published if compared else None, "+.2f"),
-                str(timedelta(seconds=round(seconds))) if seconds else "-"]
+        per_class = self.curve("test_acc_per_class")[1] or [None]
+        compared = self.published and self.has_facts and not self.differs and self.finished
+        return [self.name, self.data_set + (", held-out" if self.held_out else ""),
+                f"{self.done} of {self.planned}", number(self.best), number(self.last),
+                number(per_class[-1]), number(self.published, ".1f"),
+                number(self.best - self.published if compared else None, "+.2f"),
+                str(timedelta(seconds=round(seconds))) if 0 < seconds < 1e9 else "-"]
+
+    def setting(self, name: str) -> Optional[str]:
+        """A setting as text, or None if the run's DeiT does not have it."""
+        if name == "--resume":
+            return "{} ({})".format(self.weights.get("file"), self.weights.get("crc32"))
+        return str(self.settings[name]) if name in self.settings else None
 
 
-def number(value, form=".2f"):
+def parse(text: bytes) -> Dict[str, Any]:
+    """The JSON object in ``text``, or {} for anything else, such as half a line."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def number(value: Optional[float], form: str = ".2f") -> str:
     """The number as text, "-" for None."""
     return "-" if value is None else format(value, form)
 
 
-def table(runs):
-    """A line for each run under COLUMNS; numbers stand to the right."""
-    rows = [COLUMNS, *(run.cells() for run in runs)]
+def find_runs(folders: Iterable[Path]) -> Tuple[List[LoggedRun], List[str]]:
+    """The runs in and below the folders; the folders without one, in words."""
+    runs, notes = {}, []
+    for folder in folders:
+        logs = sorted(Path(where, "log.txt") for where, _, files in os.walk(folder)
+                      if "log.txt" in files)
+        for log in logs:
+            try:
+                runs.setdefault(log.resolve(), LoggedRun(log.parent))
+            except OSError as error:
+                notes.append(f"{log}: skipped ({error.strerror})")
+        if not logs:
+            notes.append(f"{folder}: not a run, and none below it; skipped")
+    return list(runs.values()), notes
+
+
+def varying_settings(runs: List[LoggedRun]) -> List[str]:
+    """Names of settings that differ between runs on the same data set."""
+    names = dict.fromkeys(["--resume"] + [name for run in runs for name in run.settings])
+    pairs = [(one, other) for one in runs for other in runs
+             if one.data_set == other.data_set and one.has_facts and other.has_facts]
+    return [name for name in names if name not in ("data_set", "epochs") and any(
+        None is not one.setting(name) != other.setting(name) is not None for one, other in pairs)]
+
+
+def table(runs: List[LoggedRun]) -> str:
+    """A line for each run; numbers stand to the right."""
+    varying = varying_settings(runs)
+    header = [*COLUMNS, *(name.replace("_", " ") for name in varying)]
+    rows = [header, *([*run.cells(), *(run.setting(name) or "-" for name in varying)]
+                      for run in runs)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = "<<" + ">" * len(COLUMNS[2:])
+    sides = "<<" + ">" * len(header)
     return "\n".join("  ".join(f"{cell:{side}{width}}" for cell, side, width
-                               in zip(row, sides, widths)) for row in rows)
+                               in zip(row, sides, widths)).rstrip() for row in rows)
 
 
-def draw(runs, path):
-    """Write a PNG with the curves of one or several runs. Raises ImportError, OSError."""
+def seed_groups(runs: List[LoggedRun]) -> List[str]:
+    """For runs that are equal except for --seed: mean and standard deviation, in words."""
+    groups = {}
+    for run in runs:
+        if run.has_facts:
+            settings = {name: value for name, value in run.settings.items() if name != "seed"}
+            key = json.dumps([settings, run.weights.get("crc32")], sort_keys=True)
+            groups.setdefault(key, []).append(run)
+    lines = []
+    for group in groups.values():
+        seeds = {run.setting("seed"): run for run in group[::-1] if run.finished}
+        left_out = [run.name for run in group if run not in seeds.values()]
+        if len(seeds) > 1:
+            chosen = [run for run in group if run in seeds.values()]
+            last, best = (
+                f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
+                for values in ([run.last for run in chosen], [run.best for run in chosen]))
+            lines.append(f"{len(seeds)} seeds ({', '.join(run.name for run in chosen)}): "
+                         f"last {last}, best {best}"
+                         + (f"; left out, not finished or with the same seed: "
+                            f"{', '.join(left_out)}" if left_out else ""))
+    return [*lines, "± is the standard deviation over seeds (n - 1)."] if lines else []
+
+
+def differences(runs: List[LoggedRun]) -> List[str]:
+    """What differs from the published recipe, where there is one."""
+    lines = []
+    for run in runs:
+        if run.published and not run.has_facts:
+            lines.append(f"{run.name}: no run.json")
+        elif run.published and run.differs:
+            more = f" and {len(run.differs) - 5} more" if len(run.differs) > 5 else ""
+            lines.append(f"{run.name}: differs from the published recipe: "
+                         f"{', '.join(run.differs[:5])}{more}")
+    return lines
+
+
+def draw(runs: List[LoggedRun], path: Path) -> None:
+    """Write a picture with the runs' curves. Raises ImportError, OSError, ValueError."""
+    os.environ.pop("MPLBACKEND", None)  # nothing is shown on a screen
+    warnings.simplefilter("ignore")  # characters without a glyph
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    first, *others = PANELS
+    data_sets = list(dict.fromkeys(run.data_set for run in runs))
+    rows = range(len(data_sets) * len(PANELS))
+    left = [data_sets[row // len(PANELS)] for row in rows]
+    right = [list(PANELS)[row // len(data_sets)] for row in rows]
     with style.context(["tableau-colorblind10", STYLE], after_reset=True):
         figure = Figure()
-        panels = figure.subplot_mosaic([[first, other] for other in others],
-                                       gridspec_kw={"width_ratios": (1.8, 1)})
+        panels = figure.subplot_mosaic(
+            [[f"accuracy {one}", other] for one, other in zip(left, right)],
+            gridspec_kw={"width_ratios": (1.8, 1)})
         for key, panel in panels.items():
-            for run in runs:
-                epochs, values = run.curve(key)
-                label = "{1}, best {3} %: ".format(*run.cells()) + run.name[-40:]
-                panel.plot(epochs, values, label=label, marker="." if len(epochs) <= 25 else "")
-            panel.set(title=PANELS[key], xlabel="epoch")
+            data_set = key[len("accuracy "):] if key not in PANELS else None
+            for position, run in enumerate(runs):
+                epochs, values = run.curve(key if data_set is None else "test_acc1")
+                if data_set in (None, run.data_set):
+                    panel.plot(epochs, values, color=f"C{position}", label=label_of(run),
+                               marker="." if len(epochs) <= 25 else "")
+            kind = "Held-out" if all(run.held_out for run in runs) else "Test"
+            panel.set(title=PANELS.get(key, escape(f"{kind} accuracy on {data_set}, %")),
+                      xlabel="epoch")
             panel.locator_params(axis="x", integer=True)
-        for data_set, accuracy in sorted({(run.data_set, run.published) for run in runs
-                                          if run.comparable}):
-            panels[first].axhline(accuracy, color="#555555", linestyle="--",
-                                  label=f"published for {data_set}: {accuracy} %")
-        panels[first].legend()
+        for run in {run.data_set: run for run in runs if run.published}.values():
+            panels[f"accuracy {run.data_set}"].axhline(run.published, color="#555555",
+                                                       linestyle="--")
+        handles = panels[right[0]].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=2,
+                      title="dashed: published by MoCo v3's authors")
         figure.savefig(str(path))
 
 
-def main():
+def label_of(run: LoggedRun) -> str:
+    """The run in the legend."""
+    return escape(f"{run.name[-60:]}: best {number(run.best)} %")
+
+
+def escape(text: str) -> str:
+    """Keep matplotlib from reading a formula between dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def default_path(runs: List[LoggedRun]) -> Path:
+    """A file beside the runs."""
+    parents = [os.path.dirname(os.path.abspath(run.name)) for run in runs]
+    return Path(os.path.relpath(os.path.commonpath(parents)), "report.png")
+
+
+def main() -> None:
     """Print the table and its notes, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
-                        help="--output_dir of a run; what is no run is named and skipped")
+                        help="--output_dir of a run, or a folder with runs below it")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="the picture, whose ending tells its format (default: report.png "
+                             "beside the runs)")
     args = parser.parse_args()
-    if hasattr(signal, "SIGPIPE"):  # not on Windows; else `| head` ends in a traceback
+    if hasattr(signal, "SIGPIPE"):  # not on Windows; otherwise `| head` ends in a traceback
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    runs, notes = [], []
-    for folder in args.folders:
-        try:
-            runs.append(Run(folder))
-        except OSError as error:
-            notes.append(f"{folder}: not a run, skipped (log.txt: {error.strerror})")
+    runs, notes = find_runs(args.folders)
     if not runs:
         sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(notes)}")
-    notes += [f"{run.name}: settings differ from the published recipe: {', '.join(run.differs)}"
-              for run in runs if run.differs]
-    print(table(runs), LEGEND, *notes, sep="\n", flush=True)
-    path = Path(runs[0].name, "report.png")
+    drawn, path = runs[:MOST_CURVES], args.output or default_path(runs)
+    if path.is_dir():
+        path = path / "report.png"
+    elif not path.suffix:
+        path = path.with_suffix(".png")
+    if len(runs) > len(drawn):
+        notes.append(f"the picture shows the first {len(drawn)} of {len(runs)} runs")
+    print(table(runs), NOTE, *seed_groups(runs), *differences(runs), *notes, sep="\n", flush=True)
     try:
-        draw(runs, path)
-    except OSError as error:
-        sys.exit(f"error: cannot write {path}: {error.strerror or error}")
+        draw(drawn, path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot write {path}: {getattr(error, 'strerror', None) or error}")
     except ImportError as error:
         print(f"no picture, matplotlib is missing ({error}): pip install matplotlib")
     else:

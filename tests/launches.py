@@ -35,11 +35,13 @@ def environment(processes=1, era=None, **variables):
     return {name: str(value) for name, value in merged.items() if value is not None}
 
 
-def command(recipe, *flags, scripts=SCRIPTS):
-    """A launch of a recipe that takes seconds; ``flags`` come last."""
-    small = ["--device", "cpu", "--model", MODEL, "--input-size", "32", "--batch-size", "8",
-             "--epochs", "2", "--eval-freq", "1", "--save-freq", "1", "--num_workers", "0"]
-    return [str(part) for part in ("bash", scripts / f"{recipe}.sh", *small, *flags)]
+def command(recipe, *flags, scripts=SCRIPTS, small=True):
+    """A launch of a recipe that takes seconds, unless it is not ``small``; ``flags`` come last."""
+    short = ["--model", MODEL, "--input-size", "32", "--batch-size", "8", "--epochs", "2",
+             "--eval-freq", "1", "--save-freq", "1"] if small else []
+    words = ("bash", scripts / f"{recipe}.sh", "--device", "cpu", "--num_workers", "0", *short,
+             *flags)
+    return [str(part) for part in words]
 
 
 def launch(recipe, *flags, scripts=SCRIPTS, **variables):
@@ -67,8 +69,8 @@ def end_of(run, timeout=60):
     return subprocess.CompletedProcess(run.args, run.returncode, *output)
 
 
-def fork(recipe, *flags, processes=1, scripts=SCRIPTS, script=None, before=None, by_hand=False,
-         **variables):
+def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, before=None,
+         by_hand=False, **variables):
     """What ``launch`` does, without torch's launcher: its processes are forked from this one.
 
     That saves the seconds that each of them would take to import torch.
@@ -77,8 +79,8 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, script=None, before=None,
     script, to change what it imports; by_hand: as if no launcher had started it.
     """
     shown = subprocess.run(
-        command(recipe, *flags, scripts=scripts), capture_output=True, text=True, env=environment(
-            processes, **{**variables, "PYTHON": TESTS / "show_command"}))
+        command(recipe, *flags, scripts=scripts, small=small), capture_output=True, text=True,
+        env=environment(processes, **{**variables, "PYTHON": TESTS / "show_command"}))
     if shown.returncode:
         return shown
     per_node, world_size, *words = shown.stdout.split("\0")[:-1]

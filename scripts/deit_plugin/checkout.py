@@ -15,6 +15,11 @@ def deit_folder() -> Path:
     return Path(os.environ.get("DEIT_DIR") or BUNDLE).expanduser().resolve()
 
 
+def prefer_our_modules() -> None:
+    """Have our ``datasets`` found before any other module or package of that name."""
+    sys.path.insert(0, str(BUNDLE))
+
+
 def import_main() -> ModuleType:
     """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm.
 
@@ -26,7 +31,8 @@ def import_main() -> ModuleType:
                         "main.py, engine.py and utils.py: git clone "
                         "https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
     versions.silence_known_warnings()
-    sys.path[:0] = [str(BUNDLE), str(folder)]  # both have a datasets.py: ours must come first
+    sys.path.insert(0, str(folder))
+    prefer_our_modules()  # both folders have a datasets.py
     try:
         versions.restore_pil_interp()
         import torch

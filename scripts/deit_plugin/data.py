@@ -1,38 +1,65 @@
-"""The train and test images of a run."""
+"""The train images of a run, and those that it evaluates on."""
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
 
-from datasets import DATA_SETS, build_dataset
+from datasets import DATA_SETS, ClassFolders, build_dataset, build_transform, split_of
 
-from . import elsewhere
+from . import elsewhere, hold_out
 from .errors import UserError, one_line
+from .words import count
 
 
 class Data(NamedTuple):
     """The images of a run."""
 
     train: Optional[Any]  # None under --eval
-    test: Any
+    test: Any  # to evaluate on: test images, or with --hold-out a part of the train images
 
     @property
     def classes(self) -> List[str]:
         """Names of the classes, by label."""
-        return (self.test if self.train is None else self.train).classes
+        return self.test.classes
 
 
 def load(args: Namespace) -> Data:
     """Build what a run of ``args.data_set`` needs. Raises UserError."""
-    return Data(None if args.eval else _load_split(True, args), _load_split(False, args))
+    if args.hold_out:
+        train, test = hold_out.split(_load_split(True, args), args.hold_out,
+                                     build_transform(False, args))
+    else:
+        train = None if args.eval else _load_split(True, args)
+        test = _load_split(False, args)
+    return Data(None if args.eval else train, test)
 
 
 def _load_split(is_train: bool, args: Namespace) -> Any:
     row, root = DATA_SETS[args.data_set], Path(args.data_path).resolve()
     try:
-        for path in row.missing(str(root), is_train)[:1]:
+        for path in row.missing(str(root), split_of(is_train, args))[:1]:
             advice = elsewhere.advice(row.layout, root, path)
             if advice:
                 raise UserError(f"{path} is missing; {advice}")
         return build_dataset(is_train, args)[0]
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(one_line(error)) from error
+
+
+def kind_of_accuracy(args: Namespace) -> str:
+    """What an accuracy of this run is called."""
+    return "held-out accuracy" if args.hold_out else "test accuracy"
+
+
+def describe(data: Data, args: Namespace) -> str:
+    """How many images there are."""
+    kind = "held-out" if args.hold_out else "test"
+    text = f"{len(data.test)} {kind} images, {count(len(data.classes), 'class')}"
+    return text if data.train is None else f"{len(data.train)} train and {text}"
+
+
+def evaluated_on(data: Data, args: Namespace) -> str:
+    """Which images are evaluated."""
+    text = count(len(data.test), "held-out image" if args.hold_out else "image")
+    if isinstance(data.test, ClassFolders):
+        text += f" of {data.test.root}"
+    return text

@@ -1,33 +1,115 @@
-"""Top-1 and top-5 accuracy and loss over the test images of all processes, each counted once."""
-from typing import Any, Dict, Iterable, Tuple
+"""Accuracy and loss over the test images of all processes, each counted once; predictions."""
+import csv
+import io
+import os
+from argparse import Namespace
+from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
 
 import torch
 import torch.distributed
 from torch.nn.functional import cross_entropy
 
+import convert_to_deit
+
+from .data import Data
+from .hold_out import Part
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found, over all processes unless it says otherwise."""
+
+    stats: Dict[str, float]  # loss, and in percent acc1, acc5, acc_per_class
+    correct: List[int]  # images per class that were classified correctly
+    images: List[int]  # images per class
+    predictions: torch.Tensor  # of this process's images: (n, 2), class and probability, float64
+
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
-             device: Any) -> Dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy, over the images of all processes.
+             device: Any, classes: int) -> Evaluation:
+    """Evaluate the images of all processes.
 
-    batches: pairs of images (B, 3, H, W) and labels (B,), the share of this process. Counts are
+    batches: pairs of images (B, 3, H, W) and labels (B,), the share of this process; classes: their
+    number. acc_per_class is the mean of the accuracies of all classes that have images. Counts are
     whole numbers and the loss is summed in float64, so the number of processes only changes how
     images are batched, which a GPU's rounding may depend on.
     """
     model = getattr(model, "module", model)  # processes have unequal numbers of batches
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # top-5 hits, loss
+    per_class = torch.zeros(2, classes, dtype=torch.float64, device=device)  # top-1 hits, images
+    predictions = []
     for batch in batches:
         images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        with torch.cuda.amp.autocast():  # as in DeiT's own evaluation; no effect without a GPU
-            logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels[:, None])
-        sums[0] += len(labels)
-        sums[1] += hits[:, 0].sum()
-        sums[2] += hits.sum()
-        sums[3] += cross_entropy(logits, labels, reduction="none").double().sum()
+        logits = forward(model, images)
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = top.eq(labels[:, None])
+        sums[0] += hits.sum()
+        sums[1] += cross_entropy(logits, labels, reduction="none").double().sum()
+        per_class[0] += torch.bincount(labels[hits[:, 0]], minlength=classes)
+        per_class[1] += torch.bincount(labels, minlength=classes)
+        probabilities = logits.softmax(dim=1).gather(1, top[:, :1])
+        predictions.append(torch.cat([top[:, :1].double(), probabilities.double()], dim=1))
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    images, top1, top5, loss = sums.tolist()
-    return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
+        torch.distributed.all_reduce(per_class)
+    correct, images = per_class
+    present, total = images > 0, images.sum()
+    stats = {"loss": sums[1] / total, "acc1": 100 * correct.sum() / total,
+             "acc5": 100 * sums[0] / total,
+             "acc_per_class": 100 * (correct[present] / images[present]).mean()}
+    return Evaluation({name: value.item() for name, value in stats.items()},
+                      correct.long().tolist(), images.long().tolist(),
+                      torch.cat([per_class.new_zeros(0, 2), *predictions]))
+
+
+def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The logits (B, classes), float32; in mixed precision on a GPU, as DeiT evaluates."""
+    with torch.no_grad(), torch.cuda.amp.autocast():  # which has no effect without a GPU
+        return model(images).float()
+
+
+def worst_classes(found: Evaluation, classes: List[str]) -> str:
+    """The five classes with the lowest accuracy, in words."""
+    rows = sorted((100 * correct / images, name, images) for correct, images, name
+                  in zip(found.correct, found.images, classes) if images)
+    return ", ".join(f"{name} {accuracy:.2f} % of {images}" for accuracy, name, images in rows[:5])
+
+
+def gather(predictions: torch.Tensor, images: int, world_size: int) -> List[Tuple[int, float]]:
+    """Class and probability of each test image, in the order of the data set, from all ranks.
+
+    Rank r evaluates the images r, r + world_size, r + 2 * world_size and so on.
+    """
+    length = -(-images // world_size)
+    own = predictions.new_zeros(length, 2)
+    own[:len(predictions)] = predictions
+    everyone = [torch.zeros_like(own) for _ in range(world_size)]
+    torch.distributed.all_gather(everyone, own)
+    rows = torch.stack(everyone, dim=1).reshape(-1, 2)[:images].tolist()
+    return [(int(label), probability) for label, probability in rows]
+
+
+def write_predictions(path: str, predictions: List[Tuple[int, float]], data: Data, args: Namespace
+                      ) -> None:
+    """Write a CSV file with a row for each test image, complete or not at all."""
+    with convert_to_deit.atomic_write(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["image", "label", "predicted", "probability"])
+        for name, label, (predicted, probability) in zip(
+                names_of(data.test, args.data_path), data.test.targets, predictions):
+            rows.writerow([name, data.classes[label], data.classes[predicted],
+                           f"{probability:.6f}"])
+        text.flush()
+        text.detach()  # atomic_write still needs the file
+
+
+def names_of(dataset: Any, root: str) -> List[Any]:
+    """The images' paths relative to ``root``, or for CIFAR their indices."""
+    if isinstance(dataset, Part):
+        names = names_of(dataset.dataset, root)
+        return [names[index] for index in dataset.indices]
+    if hasattr(dataset, "samples"):
+        return [os.path.relpath(path, os.path.abspath(root)) for path, _ in dataset.samples]
+    return list(range(len(dataset)))

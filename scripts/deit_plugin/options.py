@@ -2,11 +2,13 @@
 import argparse
 import difflib
 import os
+import shlex
 import warnings
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
+from . import weights
 from .errors import UserError
 from .words import count, flag_of
 
@@ -15,7 +17,7 @@ PUBLISHED_PROCESSES = 8  # MoCo v3's transfer/README.md
 # Flags that do not change what is learnt. All others that have an effect make up the settings.
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "device", "num_workers", "pin_mem", "dist_url", "rank",
-    "world_size", "start_epoch", "batch_size", "eval", "download"}
+    "world_size", "start_epoch", "batch_size", "eval", "download", "test_split"}
 # Of these, a machine may have other values than the other machines of its run.
 OF_ONE_MACHINE = {"output_dir", "data_path", "num_workers", "pin_mem", "dist_url", "rank"}
 
@@ -26,8 +28,9 @@ RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
     (0, LARGEST): ("num_workers", "seed"),
     (0, FINITE): ("lr", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix"),
     (0, 1): ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob",
-             "model_ema_decay"),
+             "model_ema_decay", "hold_out"),
 }
+OF_EVALUATION = ("model", "input_size", "data_set", "hold_out", "eval_crop_ratio")
 
 
 class Plan(NamedTuple):
@@ -39,7 +42,9 @@ class Plan(NamedTuple):
     save_freq: int  # epochs between writes of checkpoint.pth
     overwrite: bool  # delete the run in --output_dir first
     check: bool
-    arguments: List[str]  # as typed
+    predictions: str  # path of the CSV file that --eval writes, or ""
+    trust: bool  # load checkpoints that can run code
+    command: str  # as typed
     settings: Dict[str, Any]  # what decides what is learnt
     recipe: Optional[argparse.Namespace]  # the published args, with their number of processes
     published: Dict[str, Any]  # the settings of the recipe
@@ -62,14 +67,21 @@ def parse(main: Any, data_sets: Dict[str, Any], arguments: List[str]
     """DeiT's args and this bundle's plan, for the recipe's flags, YOUR_FLAGS, the user's flags.
 
     main: DeiT's module; data_sets: datasets.DATA_SETS. The args contain DeiT's flags as they were
-    typed, --download (for datasets.py), and ``rank`` and ``world_size``. Nothing changes them
-    later; DeiT gets a copy.
+    typed, the flags that datasets.py and data.py read, and ``rank`` and ``world_size``. Nothing
+    changes them later; DeiT gets a copy. Under --eval, OF_EVALUATION comes from the checkpoint
+    unless the user gives it.
     """
     parser = _parser(main, data_sets)
     split = arguments.index(YOUR_FLAGS) if YOUR_FLAGS in arguments else 0
     recipe = parser.parse_args(arguments[:split]) if split else None
     yours = [word for word in arguments[split:] if word != YOUR_FLAGS]
     args = parser.parse_args(arguments[:split] + yours)
+    if args.eval and args.resume:
+        its = weights.read(os.path.expanduser(args.resume), args.trust).get("settings", {})
+        base = vars(recipe) if recipe else {}
+        inherited = {name: its[name] for name in OF_EVALUATION if name in its}
+        args = parser.parse_args(yours, argparse.Namespace(**{**base, **inherited}))
+        args.hold_out *= not args.test_split  # test/ has no held-out part
     for name in ("resume", "output_dir", "data_path"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.rank = int(os.environ.get("RANK") or 0)  # as DeiT's main does later
@@ -87,8 +99,9 @@ def parse(main: Any, data_sets: Dict[str, Any], arguments: List[str]
         published = _settings(recipe, {})
     ours = {name: vars(args).pop(name) for name in Plan._fields if hasattr(args, name)}
     pretrained, args.resume = args.resume, ""
-    return args, Plan(pretrained=pretrained, arguments=arguments, settings=settings, recipe=recipe,
-                      published=published, **ours)
+    script = f"{recipe.data_set}.sh" if recipe else "finetune.py"
+    return args, Plan(pretrained=pretrained, command=shlex.join([f"scripts/{script}", *yours]),
+                      settings=settings, recipe=recipe, published=published, **ours)
 
 
 def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
@@ -105,10 +118,18 @@ def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
                        ("--eval-freq", "evaluate every N epochs and after the last"),
                        ("--save-freq", "write checkpoint.pth every N epochs and after the last")):
         ours.add_argument(name, type=int, default=1, metavar="N", help=text + " (default: 1)")
+    ours.add_argument("--hold-out", type=float, default=0.0, metavar="SHARE",
+                      help="evaluate on this share of the train images, such as 0.2, and train on "
+                           "the others; test images are not used")
+    ours.add_argument("--predictions", default="", metavar="FILE",
+                      help="with --eval: write a CSV file with the prediction for each image")
     for name, text in (
             ("--overwrite", "start from scratch and delete the run that is in --output_dir"),
             ("--download", "download Flowers or Pets if they are missing (CIFAR always is)"),
-            ("--check", "check everything a launch needs, and every image; train nothing")):
+            ("--check", "check everything a launch needs, and every image; train nothing"),
+            ("--test-split", "with --eval: evaluate on test/ of folders that also have a val/"),
+            ("--trust", "load checkpoints that contain more than tensors and plain values, as "
+                        "torch did before it had weights_only; this runs the code in them")):
         ours.add_argument(name, action="store_true", help=text)
     return parser
 
@@ -140,6 +161,10 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
             (not args.output_dir and not (args.eval or args.check),
              "--output_dir is missing: pass the folder for checkpoints and log.txt"),
+            (args.hold_out == 1, "--hold-out 1.0: leaves nothing to train on; pass 0.2, say"),
+            (args.predictions and not args.eval, "--predictions: needs --eval"),
+            (args.test_split and not args.eval, "--test-split: needs --eval; training evaluates on "
+             "val/, so that test/ chooses nothing"),
             (args.input_size % 16,
              f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
             (_mixes(args) and args.batch_size % 2,
@@ -160,15 +185,15 @@ def _mixes(args: argparse.Namespace) -> bool:
 def _without_effect(args: argparse.Namespace, of_data_set: Tuple[str, ...]) -> Dict[str, str]:
     """The names of arguments that change nothing here, and the reason.
 
-    of_data_set: those that only the transforms of some data sets read, this one's among them.
+    of_data_set: those that this data set reads, of those that not all data sets read.
     """
     three = getattr(args, "ThreeAugment", False)  # then DeiT HEAD makes the train transform
-    for_transforms = ("aa", "color_jitter", "train_interpolation", "eval_crop_ratio")
+    of_some = ("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")
     groups = (  # names, whether they have an effect, the reason why not
         (("resplit", "inat_category", "dist_eval", "distributed", "world_size", "teacher_model",
           "teacher_path", "distillation_alpha", "distillation_tau", "cooldown_epochs",
           "patience_epochs"), False, "in this bundle"),
-        (set(for_transforms) - set(of_data_set) - ({"color_jitter"} if three else set()), False,
+        (set(of_some) - set(of_data_set) - ({"color_jitter"} if three else set()), False,
          f"on --data-set {args.data_set}"),
         (("aa", "train_interpolation", "reprob", "remode", "recount"), not three,
          "with --ThreeAugment"),
@@ -194,7 +219,7 @@ def _settings(args: argparse.Namespace, without_effect: Dict[str, str]) -> Dict[
 def shared(args: argparse.Namespace, plan: Plan) -> Dict[str, Any]:
     """What must be the same on all machines of a run, by name."""
     of_plan = {name: value for name, value in plan._asdict().items()
-               if isinstance(value, int)}  # which is true of bool, too
+               if isinstance(value, int)}  # which is true for bool, too
     return {**{name: value for name, value in vars(args).items() if name not in OF_ONE_MACHINE},
             **of_plan}
 

@@ -60,7 +60,7 @@ def choose_checkpoint(args: Namespace, plan: Plan) -> Tuple[str, bool]:
 def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start:
     """Read the checkpoint, and find the epoch that comes next."""
     try:
-        state = weights.read(path)
+        state = weights.read(path, plan.trust)
     except UserError as error:
         hint = "; or pass --overwrite to start from scratch" if continues else ""
         raise UserError(f"{error}{hint}") from None
@@ -115,6 +115,20 @@ def read_log(path: Path) -> List[Dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("epoch"), int)]
 
 
+def require_writable(folder: Path, flag: str) -> None:
+    """Raise UserError if files cannot be written to ``folder``, which may not exist yet."""
+    nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder} cannot be written: see {nearest}, or pass another one")
+
+
+def require_writable_file(path: str, flag: str) -> None:
+    """Raise UserError if ``path`` cannot become a file."""
+    if Path(path).is_dir() or not os.path.basename(path):
+        raise UserError(f"{flag} {path} is a folder: pass the path of a file")
+    require_writable(Path(path).parent, flag)
+
+
 class RunFolder:
     """``--output_dir`` of one run. Only rank 0 writes there."""
 
@@ -138,10 +152,7 @@ class RunFolder:
 
     def check(self) -> str:
         """Return the folder's path, or raise UserError if it cannot be written. Creates nothing."""
-        nearest = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--output_dir {self.path} cannot be written: see {nearest}, or pass "
-                            "another folder")
+        require_writable(self.path, "--output_dir")
         return str(self.path)
 
     def begin(self, start: Start, overwrite: bool, facts: Dict[str, Any],

@@ -1,7 +1,7 @@
 """What was run: versions, commits, machines and the file that training began with."""
 import os
 import platform
-import shlex
+import re
 import socket
 import subprocess
 import zipfile
@@ -19,14 +19,14 @@ from .checkout import BUNDLE, deit_folder
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL")
 
 
-def of_launch(arguments: List[str], machines: List[Dict[str, str]]) -> Dict[str, Any]:
+def of_launch(command: str, machines: List[Dict[str, str]]) -> Dict[str, Any]:
     """Facts about this launch, for run.json.
 
-    arguments: of finetune.py; machines: what ``of_process`` returns in each rank.
+    machines: what ``of_process`` returns in each rank.
     """
     return {
         "started": now(), "ended": None,
-        "command": shlex.join(["scripts/finetune.py", *arguments]),
+        "command": command,
         "versions": {"python": platform.python_version(), **{
             name: getattr(import_module(name), "__version__", None) for name in PACKAGES}},
         "deit": of_checkout(deit_folder(), "main.py"),
@@ -38,9 +38,11 @@ def of_launch(arguments: List[str], machines: List[Dict[str, str]]) -> Dict[str,
 
 def of_process(args: Namespace) -> Dict[str, str]:
     """The host and the device of this process."""
-    device = platform.processor() or platform.machine()
     if args.device == "cuda":
         device = torch.cuda.get_device_name(torch.cuda.current_device())
+    else:
+        cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+        device = cpu[1] if cpu else platform.machine()
     return {"host": socket.gethostname(), "device": device}
 
 

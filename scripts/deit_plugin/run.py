@@ -13,9 +13,9 @@ import torch
 import torch.distributed
 
 from . import accumulation, loaders, options, output, provenance, recipe, weights
-from .data import Data
+from .data import Data, describe, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
-from .evaluation import evaluate
+from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
 from .options import Plan
 from .output import RunFolder, Start
 from .words import count, differing, unequal
@@ -59,6 +59,8 @@ class Run:
         self.recipe = recipe.compare(args, plan, data)
         self.settings = self.recipe.settings
         output.check_settings(start, self.settings, args.eval)
+        if plan.predictions:
+            output.require_writable_file(plan.predictions, "--predictions")
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
         self.scheduler = self.trained = None
         self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
@@ -73,8 +75,8 @@ class Run:
         self.main.main(options.for_deit(self.args, self.plan, self.start.epoch))
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
-            path = self.folder.path
-            self._say(f"Best test accuracy: {self.best['test_acc1']:.2f} % after epoch "
+            path, best = self.folder.path, self.best["test_acc1"]
+            self._say(f"Best {kind_of_accuracy(self.args)}: {best:.2f} % after epoch "
                       f"{(self.best['epoch'] or 0) + 1}, {path / 'best_checkpoint.pth'}\n"
                       f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
         self.train_loader = self.test_loader = None  # ends their workers
@@ -98,13 +100,8 @@ class Run:
             raise UserError(f"{path} comes from a run on other classes "
                             f"({unequal(classes, its_classes, 'here', 'there')}): --data-path "
                             f"{self.args.data_path} must have the same")
-        size = self.args.input_size  # 1d38fa4 and e6b10b5 do not pass it on
-        kwargs["img_size"] = None if size == 224 or name.endswith(f"_{size}") else size
-        try:
-            model = self.deit.create_model(name, **kwargs)
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {size}: "
-                            f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
+        kwargs.pop("img_size", None)  # which only DeiT HEAD passes
+        model = weights.create(name, self.args.input_size, self.deit.create_model, **kwargs)
         weights.fit(model, self.start.state["model"], path, name)
         return model
 
@@ -158,19 +155,31 @@ class Run:
         """Evaluate when due, over all processes, and end the epoch."""
         if self.test_loader is None:
             self.test_loader = loaders.evaluation(data_loader, self.args)
+        began, stats = time.monotonic(), {}
+        if self.args.eval or self._is_due(self.plan.eval_freq):
+            found = evaluate(model, self.test_loader, device, len(self.data.classes))
+            stats = found.stats
         if self.args.eval:
-            stats = evaluate(model, self.test_loader, device)
-            self._say(f"{self.start.path}: {in_words(stats)} on "
-                      f"{count(len(self.data.test), 'image')}")
+            self._report(found)
             return stats
-        stats = {}
-        if self._is_due(self.plan.eval_freq):
-            stats = evaluate(model, self.test_loader, device)
+        if stats:
+            stats["seconds"] = round(time.monotonic() - began, 2)
         self._end_epoch(stats, sum(parameter.numel() for parameter in model.parameters()
                                    if parameter.requires_grad))
         return {"acc1": 0.0}  # DeiT only prints it, silently
 
     # What happens in between
+
+    def _report(self, found: Evaluation) -> None:
+        """Say what --eval found, and write --predictions."""
+        self._say(f"{self.start.path}: {self._in_words(found.stats)} on "
+                  f"{evaluated_on(self.data, self.args)}\n"
+                  f"worst classes: {worst_classes(found, self.data.classes)}")
+        if self.plan.predictions:
+            predictions = gather(found.predictions, len(self.data.test), self.args.world_size)
+            if self.args.rank == 0:
+                write_predictions(self.plan.predictions, predictions, self.data, self.args)
+                print(f"predictions: {self.plan.predictions}")
 
     def _begin(self, parts: Dict[str, Any]) -> None:
         state = self.start.state
@@ -182,7 +191,7 @@ class Run:
         if self.args.rank == 0:
             facts = {"settings": self.settings, "differs": self.recipe.differs,
                      "classes": self.data.classes}
-            launch = provenance.of_launch(self.plan.arguments, self.machines)
+            launch = provenance.of_launch(self.plan.command, self.machines)
             self.folder.begin(self.start, self.plan.overwrite, facts, launch)
             if (self.folder.path / "best_checkpoint.pth").exists():
                 self.best = max([self.best, *self.start.rows],
@@ -202,14 +211,14 @@ class Run:
         if not getattr(args, "unscale_lr", False):
             rate += f" x {size} / 512 = {args.lr * size / 512:g}"
         return "\n  ".join([
-            f"Fine-tuning {args.model} on {args.data_set}: {len(self.data.train)} train and "
-            f"{len(self.data.test)} test images, {count(len(self.data.classes), 'class')}",
+            f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",
             f"start: {start}",
             f"output: {args.output_dir}",
             f"effective batch size: {recipe.describe_batch(self.recipe, args, plan)}",
             f"learning rate: {rate}",
-            f"evaluation every {count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
-            f"{count(plan.save_freq, 'epoch')}, both after the last",
+            f"evaluation on {evaluated_on(self.data, args)} every "
+            f"{count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
+            f"{count(plan.save_freq, 'epoch')}, both also after the last",
             *self._describe_differences()])
 
     def _describe_differences(self) -> List[str]:
@@ -272,7 +281,8 @@ class Run:
     def _say_progress(self, done: int, tested: Dict[str, float]) -> None:
         accuracy = ""
         if tested:
-            accuracy = f"{in_words(tested)} (best accuracy {self.best['test_acc1']:.2f} %); "
+            accuracy = (f"{self._in_words(tested)} (best accuracy {self.best['test_acc1']:.2f} %)"
+                        "; ")
         elapsed = time.monotonic() - self.began
         to_go = elapsed / (done - self.start.epoch) * (self.args.epochs - done)
         elapsed += sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
@@ -286,7 +296,8 @@ class Run:
         if self.args.rank == 0:
             print(text, flush=True)
 
-
-def in_words(stats: Dict[str, float]) -> str:
-    """The accuracies and the loss of an evaluation."""
-    return "test accuracy {acc1:.2f} %, top-5 {acc5:.2f} %, loss {loss:.4f}".format(**stats)
+    def _in_words(self, stats: Dict[str, float]) -> str:
+        """The accuracies and the loss of an evaluation."""
+        numbers = ("{acc1:.2f} %, top-5 {acc5:.2f} %, mean per class {acc_per_class:.2f} %, "
+                   "loss {loss:.4f}").format(**stats)
+        return f"{kind_of_accuracy(self.args)} {numbers}"

@@ -21,13 +21,17 @@ def restore_pil_interp() -> None:
 def skip_pretrained_cfg(main: Any) -> None:
     """Make DeiT's models without timm's ``pretrained_cfg`` argument, which they do not take.
 
-    Needed with timm 0.6 or newer, whose ``create_model`` passes it. As ``create_model`` does in
-    every timm, arguments that are None are left out.
+    Needed with timm 0.6 or newer, whose ``create_model`` passes it.
     """
+    main.create_model = make_model
+
+
+def make_model(name: str, **kwargs: Any) -> Any:
+    """A model that is registered with timm; arguments that are None are left out, as in timm."""
     from timm.models import model_entrypoint
 
-    main.create_model = lambda name, **kwargs: model_entrypoint(name)(
-        **{name: value for name, value in kwargs.items() if value is not None})
+    return model_entrypoint(name)(**{key: value for key, value in kwargs.items()
+                                     if value is not None})
 
 
 def silence_known_warnings() -> None:
@@ -35,8 +39,10 @@ def silence_known_warnings() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.simplefilter("ignore", FutureWarning)  # timm's modules, torch's mixed precision
     warnings.simplefilter("ignore", DeprecationWarning)
-    # DeiT's models replace timm's; torch after 2.6 says on GPUs which one a barrier uses.
+    # DeiT's models replace timm's; torch after 2.6 says on GPUs which one a barrier uses; DeiT's
+    # default of 10 data workers is more than small machines have cores.
     warnings.filterwarnings("ignore", message=r"Overwriting \w+ in registry|barrier\(\): using|"
-                            ".*CUDA is not available|.*Found no NVIDIA driver")
+                            "This DataLoader will create|.*CUDA is not available|"
+                            ".*Found no NVIDIA driver")
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")

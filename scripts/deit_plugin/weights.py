@@ -1,10 +1,12 @@
 """Pretrained weights into a model: exactly the head may be missing, nothing may be left over."""
 import re
+from argparse import Namespace
 from functools import partial
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import is_model
 from timm.models.vision_transformer import VisionTransformer, register_model
 
 from convert_to_deit import (
@@ -15,18 +17,76 @@ from convert_to_deit import (
     recognise,
     require_finite,
 )
+from datasets import DATA_SETS, read_image
 
-from .errors import UserError
+from . import checkout, versions
+from .errors import UserError, one_line
 
 HEAD = ("head.weight", "head.bias")
+# Width and number of heads of models that need no DeiT checkout. Source: DeiT's models.py.
+DEIT_MODELS = {"deit_tiny_patch16_224": (192, 3), "deit_small_patch16_224": (384, 6),
+               "deit_base_patch16_224": (768, 12), "moco_v3_vit_small_patch16_224": (384, 12)}
 
 
 @register_model
 def moco_v3_vit_small_patch16_224(pretrained=False, **kwargs):
     """MoCo v3's ViT-Small: DeiT's with 12 heads; ``kwargs`` go to timm's VisionTransformer."""
-    return VisionTransformer(patch_size=16, embed_dim=384, depth=12, num_heads=12, mlp_ratio=4,
+    return _vision_transformer("moco_v3_vit_small_patch16_224", **kwargs)
+
+
+def _vision_transformer(name: str, **kwargs: Any) -> VisionTransformer:
+    width, heads = DEIT_MODELS[name]
+    return VisionTransformer(patch_size=16, embed_dim=width, depth=12, num_heads=heads, mlp_ratio=4,
                              qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
                              **kwargs)
+
+
+def create(name: str, input_size: int, make: Callable, **kwargs: Any) -> torch.nn.Module:
+    """``make(name, **kwargs)``, a model for that input size. Raises UserError."""
+    # DeiT's two older commits do not pass the input size on.
+    is_usual = input_size == 224 or name.endswith(f"_{input_size}")
+    kwargs["img_size"] = None if is_usual else input_size
+    try:
+        return make(name, **kwargs)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {input_size}: "
+                        f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
+
+
+class Finished(NamedTuple):
+    """A fine-tuned model, with what it takes to use it."""
+
+    model: torch.nn.Module  # in evaluation mode, on the CPU
+    classes: List[str]  # by label
+    settings: Dict[str, Any]  # of its run
+    loader: Callable  # (path) -> image
+    transform: Callable  # (image) -> tensor
+
+
+def finished(path: str, trust: bool = False) -> Finished:
+    """The model in the checkpoint of a run. Raises UserError.
+
+    Models that only DeiT has need a DeiT checkout, named by DEIT_DIR.
+    """
+    state = read(path, trust)
+    settings, classes = state.get("settings"), state.get("classes")
+    if not settings or not classes or HEAD[0] not in state["model"]:
+        raise UserError(f"{path} is not the checkpoint of a run of this bundle: pass the "
+                        "best_checkpoint.pth of an --output_dir")
+    row = DATA_SETS[settings["data_set"]]
+    model = create(settings["model"], settings["input_size"], _make, num_classes=len(classes))
+    fit(model, state["model"], path, settings["model"])
+    return Finished(model.eval(), classes, settings, partial(read_image, row.loader),
+                    row.transform(False, Namespace(**settings)))
+
+
+def _make(name: str, **kwargs: Any) -> torch.nn.Module:
+    if name in DEIT_MODELS:
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        return _vision_transformer(name, **kwargs)
+    if not is_model(name):
+        checkout.import_main()  # registers DeiT's models
+    return versions.make_model(name, **kwargs)
 
 
 def read(path: str, trust: bool = False) -> Dict[str, Any]:

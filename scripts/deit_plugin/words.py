@@ -1,5 +1,9 @@
 """Settings and numbers in words, for messages."""
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, List
+
+from datasets import first_five
+
+COUNTED = ("train images", "test images", "steps per epoch")  # settings that are said number first
 
 
 def count(number: int, what: str) -> str:
@@ -9,10 +13,10 @@ def count(number: int, what: str) -> str:
 
 
 def flag_of(name: str) -> str:
-    """The flag of an argument as DeiT spells it; flags and words are returned unchanged."""
-    if name.startswith("--") or " " in name:
+    """The flag of an argument as DeiT spells it; words are returned unchanged."""
+    if " " in name:
         return name
-    return "--" + (name if name == "num_workers" else name.replace("_", "-"))
+    return "--" + (name if name in ("num_workers", "output_dir") else name.replace("_", "-"))
 
 
 def differing(settings: Dict[str, Any], others: Dict[str, Any], whose: str) -> List[str]:
@@ -21,22 +25,15 @@ def differing(settings: Dict[str, Any], others: Dict[str, Any], whose: str) -> L
     Only names in both are compared: DeiT's commits have different flags.
     """
     def in_words(name: str) -> str:
-        counted = name in ("train images", "test images", "steps per epoch")
-        return f"{settings[name]} {name}" if counted else f"{flag_of(name)} {settings[name]}"
+        value = settings[name]
+        return f"{value} {name}" if name in COUNTED else f"{flag_of(name)} {value}"
 
     return [f"{in_words(name)} ({whose}: {other})"
             for name, other in others.items() if name in settings and settings[name] != other]
 
 
-def some(names: Iterable[str]) -> str:
-    """The first five names and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
 def unequal(own: List[str], others: List[str], here: str, there: str) -> str:
     """What differs between two lists of class names."""
-    parts = [f"only {where}: {some(names)}" for where, names in (
+    parts = [f"only {where}: {first_five(names)}" for where, names in (
         (here, sorted(set(own) - set(others))), (there, sorted(set(others) - set(own)))) if names]
     return "; ".join(parts) or "the same names in another order"

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Write a fine-tuned model in timm's own layout, with its classes and its preprocessing.
+
+    python scripts/export.py --resume out/birds/best_checkpoint.pth --output birds/
+
+Then timm.create_model("local-dir:birds", pretrained=True) makes it, anywhere.
+"""
+import argparse
+import math
+import os
+import sys
+import tempfile
+from typing import Any, Dict, Tuple
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from deit_plugin import checkout, errors, versions  # noqa: E402
+
+
+def main() -> None:
+    """Export the model. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resume", required=True, type=os.path.expanduser, metavar="CHECKPOINT",
+                        help="best_checkpoint.pth of a run")
+    parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="FOLDER",
+                        help="folder for model.safetensors and config.json")
+    parser.add_argument("--trust", action="store_true",
+                        help="load a checkpoint that contains more than tensors and plain values; "
+                             "this runs the code in it")
+    args = parser.parse_args()
+    checkout.prefer_our_modules()
+    versions.silence_known_warnings()
+    import timm
+
+    try:
+        from timm.models._hub import load_model_config_from_path, save_for_hf  # noqa: F401
+    except ImportError:
+        raise errors.UserError(f"timm {timm.__version__} cannot load a model from a folder: type "
+                               f"{sys.executable} -m pip install 'timm>=1.0.16'") from None
+    from deit_plugin import weights
+
+    if os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise errors.UserError(f"--output {args.output} is a file: pass a folder")
+    finished = weights.finished(args.resume, args.trust)
+    name, model_args = timm_model(finished.settings)
+    model = timm.create_model(name, num_classes=len(finished.classes), **model_args)
+    model.load_state_dict(finished.model.state_dict())
+    kept = ("architecture", "fixed_input_size", "first_conv", "classifier", "num_classes")
+    model.pretrained_cfg = {**{key: model.pretrained_cfg[key] for key in kept},
+                            **preprocessing(finished)}
+    os.makedirs(args.output, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output) as aside:  # no half-written file stays
+        save_for_hf(model, aside, {"label_names": finished.classes}, model_args,
+                    safe_serialization=True)
+        for file in sorted(os.listdir(aside)):
+            os.replace(os.path.join(aside, file), os.path.join(args.output, file))
+    print(f"{args.output}: {name} with {len(finished.classes)} classes\n"
+          f'Use it with timm.create_model("local-dir:{args.output}", pretrained=True)')
+
+
+def timm_model(settings: Dict[str, Any]) -> Tuple[str, Dict[str, Any]]:
+    """timm's name and arguments for the model of a run. Raises UserError if timm has none."""
+    from timm.models import is_model, model_entrypoint
+
+    name, size, arguments = settings["model"], settings["input_size"], {}
+    if name == "moco_v3_vit_small_patch16_224":
+        name, arguments = "vit_small_patch16_224", {"num_heads": 12}
+    elif not is_model(name) or not model_entrypoint(name).__module__.startswith("timm."):
+        raise errors.UserError(f"--model {name} is DeiT's own, so timm could not load the export: "
+                               "use the checkpoint with scripts/predict.py")
+    if size != 224 and not name.endswith(f"_{size}"):
+        arguments["img_size"] = size
+    return name, arguments
+
+
+def preprocessing(finished: Any) -> Dict[str, Any]:
+    """What timm needs to know to make the same transform as that of ``finished``."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    size, resize = finished.settings["input_size"], finished.transform.transforms[0]
+    crop = size / resize.size
+    if math.floor(size / crop) != resize.size:  # timm computes the size to resize to like this
+        crop = size / (resize.size + 0.5)
+    return {"input_size": (3, size, size), "crop_pct": crop, "crop_mode": "center",
+            "interpolation": resize.interpolation.value, "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD}
+
+
+if __name__ == "__main__":
+    errors.guard(main)

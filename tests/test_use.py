@@ -1,0 +1,224 @@
+"""What follows training: evaluation, predictions, labels for new images, an export; --hold-out."""
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import generate
+import published
+from conftest import error_of, log_of, saved, train
+from deit_plugin import hold_out
+from deit_plugin.errors import UserError
+from launches import SCRIPTS, environment, fork
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A Pets run with ViT-Tiny, which needs no DeiT, that has learnt something."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.save({"model": generate.encoder_state()}, folder / "converted.pth")
+    train("pets", "--resume", folder / "converted.pth", "--data-path", data / "pets",
+          "--output_dir", folder, "--model", "deit_tiny_patch16_224", "--input-size", "48",
+          "--lr", "0.05", "--warmup-epochs", "0", "--epochs", "1", "--mixup", "0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logits(run, data):
+    """The model's logits and the labels of the test images, computed without the bundle."""
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=48, embed_dim=192, depth=12, num_heads=3, num_classes=37, qkv_bias=True)
+    model.load_state_dict(saved(run / "best_checkpoint.pth")["model"])
+    args = Namespace(data_set="pets", data_path=data / "pets", input_size=48)
+    dataset, _ = published.build_dataset(False, args)
+    images, labels = zip(*(dataset[index] for index in range(len(dataset))))
+    with torch.no_grad():
+        return model.eval()(torch.stack(images)).numpy().astype(float), numpy.array(labels)
+
+
+def python(script, *arguments, **variables):
+    return subprocess.run([sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+                          capture_output=True, text=True, timeout=120,
+                          env=environment(**variables))
+
+
+def rows_of(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_an_evaluation_s_numbers(run, logits):
+    """Top-1, top-5, mean per class and loss, against NumPy's."""
+    scores, labels = logits
+    ranks = (scores > scores[range(len(labels)), labels][:, None]).sum(axis=1)
+    loss = numpy.log(numpy.exp(scores).sum(axis=1)) - scores[range(len(labels)), labels]
+    per_class = [100 * (ranks[labels == label] == 0).mean() for label in set(labels)]
+    row = log_of(run)[0]
+    assert row["test_acc1"] == pytest.approx(100 * (ranks == 0).mean())
+    assert row["test_acc5"] == pytest.approx(100 * (ranks < 5).mean())
+    assert row["test_acc_per_class"] == pytest.approx(numpy.mean(per_class))
+    assert row["test_loss"] == pytest.approx(loss.mean(), rel=1e-4)
+    assert 0 < row["test_acc1"] < row["test_acc5"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_eval_says_and_writes_what_it_found(processes, run, data, logits, tmp_path):
+    """It takes model, input size and data set from the checkpoint; the recipe may be any."""
+    done = train("cifar10", "--eval", "--resume", run / "best_checkpoint.pth", "--data-path",
+                 data / "pets", "--predictions", tmp_path / "a" / "b.csv", processes=processes,
+                 small=False)
+    row = log_of(run)[0]
+    for name in ("test accuracy {test_acc1:.2f} %", "top-5 {test_acc5:.2f} %",
+                 "mean per class {test_acc_per_class:.2f} %", "loss {test_loss:.4f} on 21 images"):
+        assert name.format(**row) in done.stdout
+    scores, labels = logits
+    rows = rows_of((tmp_path / "a" / "b.csv").read_text())
+    names = [line.split()[0] for line in
+             (data / "pets" / "annotations" / "test.txt").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [f"images/{name}.jpg" for name in names]
+    assert [row["label"] for row in rows] == [name.rpartition("_")[0] for name in names]
+    classes = saved(run / "best_checkpoint.pth")["classes"]
+    assert [row["predicted"] for row in rows] == [classes[i] for i in scores.argmax(axis=1)]
+    highest = torch.from_numpy(scores).softmax(dim=1).max(dim=1).values.tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(highest, abs=2e-6)
+    worst = done.stdout.partition("worst classes: ")[2].splitlines()[0].split(", ")
+    right = {name: [row["predicted"] == name for row in rows if row["label"] == name]
+             for name in {row["label"] for row in rows}}
+    lowest = sorted(100 * numpy.mean(hits) for hits in right.values())[:5]
+    assert [float(re.search(r"([\d.]+) % of 3", text)[1]) for text in worst] == pytest.approx(
+        lowest, abs=0.01)
+
+
+def test_predictions_that_cannot_be_written_are_refused_at_once(run, data, tmp_path):
+    flags = ["--eval", "--resume", run / "best_checkpoint.pth", "--data-path", data / "pets"]
+    refused = fork("pets", *flags, "--predictions", tmp_path, small=False)
+    assert str(tmp_path) in error_of(refused) and "accuracy" not in refused.stdout
+    assert "--eval" in error_of(fork("pets", "--data-path", "a", "--output_dir", "b",
+                                     "--predictions", "c.csv"))
+
+
+def test_predict_labels_new_images(run, data, tmp_path):
+    """The same as --eval; what cannot be read is named, and the others are labelled."""
+    photos = tmp_path / "photos"
+    (photos / "deep").mkdir(parents=True)
+    images = sorted((data / "pets" / "images").glob("*_9.jpg"))
+    for image in images:
+        shutil.copy(image, photos / "deep")
+    shutil.copy(images[0], photos / ".hidden.jpg")
+    (photos / "broken.jpg").write_bytes(images[0].read_bytes()[:200])
+    (photos / "notes.txt").write_text("none")
+    path = run / "best_checkpoint.pth"
+    done = python("predict.py", "--resume", path, photos, "--batch-size", "3", DEIT_DIR=None)
+    assert done.returncode == 1 and str(photos / "broken.jpg") in done.stderr, done.stderr
+    assert ".txt" in done.stderr and "Traceback" not in done.stderr
+    train("pets", "--eval", "--resume", path, "--data-path", data / "pets", "--predictions",
+          tmp_path / "eval.csv", small=False)
+    expected = {row["image"].rpartition("/")[2]: (row["predicted"], row["probability"])
+                for row in rows_of((tmp_path / "eval.csv").read_text())}
+    rows = rows_of(done.stdout)
+    assert [row["image"] for row in rows] == [str(photos / "deep" / image.name)
+                                              for image in images]
+    for row in rows:
+        assert (row["class"], row["probability"]) == expected[row["image"].rpartition("/")[2]]
+    top = python("predict.py", "--resume", path, images[0], "--top", "3", "--num_workers", "0")
+    probabilities = [float(row["probability"]) for row in rows_of(top.stdout)]
+    assert len(probabilities) == 3 and probabilities == sorted(probabilities)[::-1]
+    for wrong, says in ((["/nowhere"], "/nowhere"), ([tmp_path / "empty"], "no images"),
+                        ([photos, "--top", "0"], "--top 0")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        failed = python("predict.py", "--resume", path, *wrong)
+        assert failed.returncode == 2 and says in failed.stderr.splitlines()[-1]
+    assert "best_checkpoint.pth" in error_of(
+        python("predict.py", "--resume", run / "converted.pth", photos))
+
+
+def test_export_gives_the_same_logits_in_timm(run, data, tmp_path):
+    out = tmp_path / "exported"
+    done = python("export.py", "--resume", run / "best_checkpoint.pth", "--output", out,
+                  DEIT_DIR=None)
+    if not hasattr(timm.models, "_hub") or not hasattr(timm.models._hub,
+                                                       "load_model_config_from_path"):
+        assert "timm>=1.0.16" in error_of(done)
+        return
+    assert done.returncode == 0 and sorted(path.name for path in out.iterdir()) == [
+        "config.json", "model.safetensors"], done.stderr
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    path = data / "pets" / "images" / "dog_breed2_9.jpg"
+    image = transform(Image.open(path).convert("RGB"))[None]
+    shown = python("predict.py", "--resume", run / "best_checkpoint.pth", path).stdout
+    with torch.no_grad():
+        probability, label = model(image).softmax(dim=1).max(dim=1)
+    names = json.loads((out / "config.json").read_text())["label_names"]
+    assert rows_of(shown) == [{"image": str(path), "class": names[label],
+                               "probability": f"{probability.item():.6f}"}]
+
+
+@pytest.mark.parametrize("share, held_out", [(0.2, 7), (0.01, 7), (0.99, 42)])
+def test_hold_out_takes_a_share_of_each_class(share, held_out):
+    images = Namespace(targets=[number % 7 for number in range(49)], classes=list("abcdefg"),
+                       transform="augment")
+    parts = [hold_out.split(images, share, "evaluate") for _ in range(2)]
+    (kept, out), again = parts
+    assert (kept.indices, out.indices) == (again[0].indices, again[1].indices)
+    assert sorted(kept.indices + out.indices) == list(range(49)) and len(out) == held_out
+    for part in (kept, out):
+        assert numpy.ptp(numpy.bincount(part.targets)) == 0 and set(part.targets) == set(range(7))
+        assert part.targets == [index % 7 for index in part.indices]
+    assert (kept.transform, out.transform) == ("augment", "evaluate")
+    kept.transform = "other"  # as DeiT HEAD does
+    assert (images.transform, out.transform) == ("other", "evaluate")
+    with pytest.raises(UserError, match="class h has only one"):
+        hold_out.split(Namespace(targets=[0, 0, 1], classes=["g", "h"]), share, None)
+
+
+def test_a_held_out_run_never_looks_at_test_images(data, flags, tmp_path):
+    flowers, run = shutil.copytree(data / "flowers", tmp_path / "flowers"), tmp_path / "run"
+    import scipy.io
+
+    for number in scipy.io.loadmat(str(flowers / "setid.mat"))["tstid"][0]:
+        (flowers / "jpg" / f"image_{number:05d}.jpg").unlink()
+    flags = [*flags, "--data-path", flowers]
+    held = [*flags, "--hold-out", "0.2", "--lr", "0.05", "--warmup-epochs", "0"]
+    check = train("flowers", *held, "--check")
+    assert "49 of" not in check.stdout and "all 49 can be decoded" in check.stdout
+    done = train("flowers", *held)
+    assert "42 train and 7 held-out images" in done.stdout and "test accuracy" not in done.stdout
+    assert done.stdout.count("held-out accuracy") == 3  # two evaluations, and the best
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    assert settings["hold_out"] == 0.2 and settings["train images"] == 42
+    line = error_of(fork("flowers", *held, "--hold-out", "0.3"))
+    assert "--hold-out 0.3 (there: 0.2)" in line
+    evaluate = ["--eval", "--resume", run / "checkpoint.pth", "--data-path", flowers]
+    last = log_of(run)[-1]["test_acc1"]
+    again = train("flowers", *evaluate, "--predictions", tmp_path / "p.csv", small=False)
+    assert f"held-out accuracy {last:.2f} %" in again.stdout
+    rows = rows_of((tmp_path / "p.csv").read_text())
+    assert 100 * numpy.mean([row["label"] == row["predicted"] for row in rows]) == pytest.approx(
+        last)
+    assert "is missing" in error_of(fork("flowers", *evaluate, "--hold-out", "0",
+                                         small=False))
+
+
+def test_training_evaluates_on_val_and_test_split_on_test(data, flags, tmp_path):
+    own = shutil.copytree(data / "folder", tmp_path / "own")
+    shutil.copytree(own / "val", own / "test")
+    (own / "val").rename(own / "valid")
+    next((own / "test" / "ant").iterdir()).unlink()
+    flags = [*flags, "--data-set", "folder", "--data-path", own, "--epochs", "1"]
+    assert f"evaluation on 6 images of {own}/valid" in train("pets", *flags).stdout
+    evaluate = ["--eval", "--resume", tmp_path / "run" / "checkpoint.pth", "--data-path", own]
+    for more, images in (([], f"6 images of {own}/valid"),
+                         (["--test-split"], f"5 images of {own}/test")):
+        done = train("pets", *evaluate, *more, small=False)
+        assert f"on {images}" in done.stdout
+    refused = fork("pets", *flags, "--test-split")
+    assert "--test-split: needs --eval" in error_of(refused)
