@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What the recipes share: the common hyper-parameters, and torch's launcher.
+# What all recipes share: model, batch size, and torch's launcher.
 command set -euo pipefail 2>/dev/null || { echo "error: not with sh: type bash $0" >&2; exit 2; }
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 
 usage() {
     cat <<'END'
-usage: scripts/{cifar10,cifar100,flowers,pets}.sh --resume CONVERTED --data-path FOLDER
-                                                  --output_dir FOLDER [any flag of DeiT's]
+usage: scripts/{cifar10,cifar100,flowers,pets,imagenet}.sh --resume CONVERTED --data-path FOLDER
+           --output_dir FOLDER [any flag of DeiT's]
 
 Fine-tunes a converted MoCo v3 checkpoint with DeiT, using the published recipe. Your own flags
 override the recipe. The same command again continues a run that was stopped.
@@ -15,6 +15,7 @@ override the recipe. The same command again continues a run that was stopped.
   --accum-iter N     for fewer GPUs: accumulate N batches per process for one optimizer step
   --data-set folder  your own images, in train/CLASS/ and val/CLASS/ below --data-path
   --download         download Flowers or Pets if they are missing
+  --hold-out SHARE   evaluate on a share of the train images instead of the test images
   --eval             evaluate a run's checkpoint, given by --resume; train nothing
   --overwrite        start from scratch and delete the run that is in --output_dir
   --check            check everything a launch needs, and every image; train nothing
@@ -55,8 +56,7 @@ single_process=(env "NPROC_PER_NODE=$NPROC_PER_NODE" "WORLD_SIZE=$((NPROC_PER_NO
 start=("${single_process[@]}" "$here/deit_plugin/launcher.py" --nproc_per_node "$NPROC_PER_NODE"
     --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4
-    --warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10)
+run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128)
 
 for argument in "$@"; do
     case $argument in

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A recipe as a Slurm job, on one node or many; re-queued when it has to stop, to be continued.
-#     sbatch [--nodes=N] scripts/slurm.sh {cifar10,cifar100,flowers,pets} [any flag]
+#     sbatch [--nodes=N] scripts/slurm.sh {cifar10,cifar100,flowers,pets,imagenet} [any flag]
 # Flags of sbatch stand before this file's name and override those below.
 #SBATCH --job-name=finetune
 #SBATCH --output=%x-%j.log

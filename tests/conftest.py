@@ -44,6 +44,7 @@ def data(tmp_path_factory):
     """The data sets, named like their --data-set: TRAIN_IMAGES and 21 test images per recipe."""
     folder = tmp_path_factory.mktemp("data")
     generate.images(folder / "folder")
+    generate.imagenet(folder / "imagenet")
     generate.flowers(folder / "flowers")
     generate.pets(folder / "pets")
     for name in ("cifar10", "cifar100"):

@@ -70,6 +70,14 @@ def pets(folder):
     (folder / "images" / "stray.mat").write_bytes(b"MATLAB 5.0 MAT-file")  # of no split
 
 
+def imagenet(folder):
+    """ImageNet's folders: 3 classes, 270 train and 6 val images, enough for --repeated-aug."""
+    rng = np.random.default_rng(0)
+    for number in range(276):
+        split, label = "train" if number < 270 else "val", number % 3
+        write_picture(Path(folder, split, f"n{label:08}", f"{number}.JPEG"), label, rng)
+
+
 def images(folder, train=43):
     """For --data-set folder: some train and 6 test images, which augmentation cannot change."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import scipy.io
 import torch
 import torchvision
 from PIL import Image
+from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
@@ -44,12 +45,38 @@ def pets(root, is_train):
                    for name, label, *_ in map(str.split, lines.splitlines())])
 
 
+def imagenet(root, is_train):
+    return torchvision.datasets.ImageFolder(str(root / ("train" if is_train else "val")))
+
+
 DATA_SETS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "flowers": (flowers, 102),
-             "cifar100": (torchvision.datasets.CIFAR100, 100), "pets": (pets, 37)}
+             "cifar100": (torchvision.datasets.CIFAR100, 100), "pets": (pets, 37),
+             "imagenet": (imagenet, 3)}  # as many classes as generate.py makes
+
+
+def imagenet_transform(is_train, args):
+    """DeiT's: by timm for training, and like MoCo v3's for evaluation, but bicubic."""
+    size = args.input_size
+    if is_train:
+        made = create_transform(
+            input_size=size, is_training=True, color_jitter=args.color_jitter,
+            auto_augment=args.aa, interpolation=args.train_interpolation, re_prob=args.reprob,
+            re_mode=args.remode, re_count=args.recount)
+        if size <= 32:
+            made.transforms[0] = transforms.RandomCrop(size, padding=4)
+        return made
+    resized = int(size / getattr(args, "eval_crop_ratio", 224 / 256))
+    resize = [transforms.Resize(resized, interpolation=3), transforms.CenterCrop(size)]
+    return transforms.Compose([*(resize if size > 32 else []), transforms.ToTensor(),
+                               transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
 
 
 def build_dataset(is_train, args):
     size = args.input_size
+    if args.data_set == "imagenet":
+        dataset, classes = imagenet(Path(args.data_path), is_train), DATA_SETS["imagenet"][1]
+        dataset.transform = imagenet_transform(is_train, args)
+        return dataset, classes
     if is_train:
         steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
                  transforms.RandomHorizontalFlip()]

@@ -13,15 +13,17 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import pytest
 import scipy.io
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, cifar
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
 import datasets
 import published
+from deit_plugin import versions
 from deit_plugin.data import load
 from deit_plugin.errors import UserError
 from launches import accept_made_up_cifar
@@ -30,9 +32,12 @@ from oxford_pets_dataset import Pets
 
 
 @pytest.fixture(autouse=True)
-def made_up_cifar(monkeypatch):
+def patched(monkeypatch):
+    """As launches are: for made-up CIFAR, and for RandAugment with the newest Pillow."""
     monkeypatch.setattr(cifar, "check_integrity", cifar.check_integrity)
+    monkeypatch.setattr(ImageOps, "posterize", ImageOps.posterize)
     accept_made_up_cifar()
+    versions.restore_posterize()
 
 
 @pytest.fixture
@@ -69,18 +74,27 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers", "pets"])
-def test_images_labels_and_transforms_are_the_published_ones(data, name, is_train):
-    args = Namespace(data_set=name, data_path=str(data / name), input_size=57, reprob=0.0)
+@pytest.mark.parametrize("name, size, more", [
+    *[(name, size, {}) for name in ("cifar10", "cifar100", "flowers", "pets")
+      for size in (57, 224)],
+    *[("imagenet", size, more) for size in (32, 57, 224)
+      for more in ({"eval_crop_ratio": 0.9}, {})]])
+def test_images_labels_and_transforms_are_the_published_ones(data, name, size, more, is_train):
+    args = Namespace(data_set=name, data_path=str(data / name), input_size=size, remode="pixel",
+                     reprob=0.25 if name == "imagenet" else 0.0, recount=1, color_jitter=0.3,
+                     aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", **more)
     found = []
     for build_dataset in (published.build_dataset, datasets.build_dataset):
         dataset, classes = build_dataset(is_train, args)
         random.seed(0)
+        numpy.random.seed(0)
         torch.manual_seed(0)
-        images, labels = zip(*map(dataset.__getitem__, range(len(dataset))))
+        some = range(0, len(dataset), 10 if size == 224 else 1)
+        images, labels = zip(*map(dataset.__getitem__, some))
         found.append((classes, labels, torch.stack(images)))
     assert found[0][:2] == found[1][:2] and torch.equal(found[0][2], found[1][2])
-    assert len(dataset.classes) == classes and dataset.targets == list(labels)
+    assert len(dataset.classes) == classes
+    assert [dataset.targets[index] for index in some] == list(labels)
     assert all(type(label) is int for label in labels)
 
 

@@ -25,7 +25,7 @@ from launches import ROOT, environment, fork, launch
     ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"), ("--bce-loss", "--smoothing 0"),
     ("--finetune a.pth", "--resume"), ("--distillation-type hard", "--distillation-type"),
     ("--output-dir out", "did you mean --output_dir"), ("--dryrun", "--dry-run"),
-    ("--epochs many", "many"), ("--data-set imagenet", "imagenet"),
+    ("--epochs many", "many"), ("--data-set imagnet", "imagenet"),
     ("--data-path=", "--data-path is missing"), ("--output_dir=", "--output_dir is missing"),
 ])
 def test_a_value_that_cannot_work_is_refused_in_one_line(flags, says):
@@ -167,18 +167,26 @@ def test_links_tilde_and_a_cluster_s_variables(data, checkpoint, tmp_path):
     assert "nothing left" in linked.stdout
 
 
-@pytest.mark.parametrize("recipe, differs", [
-    ("cifar10", "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.8 --cutmix 1"),
-    ("cifar100", "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.5 --cutmix 1"),
-    ("flowers", "--weight-decay 0.3 --reprob 0.25 --drop-path 0.1 --mixup 0 --cutmix 0"),
-    ("pets", "--weight-decay 0.1 --reprob 0 --drop-path 0 --mixup 0.8 --cutmix 0"),
+TRANSFER = ("--epochs 100 --lr 3e-4 --warmup-epochs 3 --no-pin-mem --no-repeated-aug "
+            "--eval-freq 10 ")
+
+
+@pytest.mark.parametrize("recipe, flags", [
+    ("cifar10",
+     TRANSFER + "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.8 --cutmix 1"),
+    ("cifar100",
+     TRANSFER + "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.5 --cutmix 1"),
+    ("flowers",
+     TRANSFER + "--weight-decay 0.3 --reprob 0.25 --drop-path 0.1 --mixup 0 --cutmix 0"),
+    ("pets", TRANSFER + "--weight-decay 0.1 --reprob 0 --drop-path 0 --mixup 0.8 --cutmix 0"),
+    ("imagenet", "--epochs 150 --your-flags --dry-run"),  # the rest are DeiT's defaults
 ])
-def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, differs, tmp_path):
+def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, flags, tmp_path):
     odd = tmp_path / "a b'c"
     printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
-    shared = ("--model deit_base_patch16_224 --batch-size 128 --epochs 100 --lr 3e-4 "
-              "--warmup-epochs 3 --no-pin-mem --no-repeated-aug --eval-freq 10")
-    for part in (shared, f"--data-set {recipe} {differs}", "--nproc_per_node 8"):
+    flags = flags.replace(" --dry-run", "")
+    for part in (f"--batch-size 128 --data-set {recipe} {flags}", "--nproc_per_node 8",
+                 "--model deit_base_patch16_224"):
         assert part in printed
     pasted = subprocess.run(printed, shell=True, stdout=subprocess.PIPE, check=True, text=True)
     assert pasted.stdout.rstrip("\n").endswith(f"--output_dir {odd}")

@@ -7,16 +7,18 @@ import shutil
 import pytest
 import torch
 
-from conftest import cells, error_of, log_of, saved, train
+from conftest import ERAS, cells, error_of, log_of, saved, train
 from launches import MODEL, OTHER_MODEL, TESTS, fork
 
 
-@pytest.mark.parametrize("recipe, era", cells(("cifar10", "head"), ("pets", "head")))
+@pytest.mark.parametrize("recipe, era", [
+    *cells(("cifar10", "head"), ("pets", "head")), *(("imagenet", era) for era in ERAS)])
 def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, flags, tmp_path):
     """At the peak learning rate, so that optimizer and weight decay matter."""
     # The published flowers modules ignore --reprob; at 0 both ways are the same.
-    flags = [*flags, "--data-path", data / recipe, "--epochs", "1", "--reprob", "0",
-             "--input-size", "224", "--num_workers", "1", "--warmup-epochs", "0", "--lr", "0.01"]
+    flags = [*flags, "--data-path", data / recipe, "--epochs", "1", "--warmup-epochs", "0",
+             "--num_workers", "1", "--lr", "0.01", "--input-size",
+             "224", *([] if recipe == "imagenet" else ["--reprob", "0"])]
     options = {"era": era, "processes": 2}
     train(recipe, *flags, **options)
     train(recipe, *flags, "--output_dir", tmp_path / "published", script=TESTS / "published.py",

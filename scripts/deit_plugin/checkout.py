@@ -35,6 +35,7 @@ def import_main() -> ModuleType:
     prefer_our_modules()  # both folders have a datasets.py
     try:
         versions.restore_pil_interp()
+        versions.restore_posterize()
         import torch
 
         import convert_to_deit  # noqa: F401 (so that a missing copy is reported here)

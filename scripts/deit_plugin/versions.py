@@ -1,4 +1,4 @@
-"""What newer torch and timm need to run DeiT, which was written for torch 1.7 and timm 0.3.2.
+"""What newer torch, timm and Pillow need to run DeiT, written for torch 1.7 and timm 0.3.2.
 
 Each patch changes nothing on versions that do not need it.
 """
@@ -16,6 +16,18 @@ def restore_pil_interp() -> None:
 
     if not hasattr(transforms, "_pil_interp") and hasattr(transforms, "str_to_pil_interp"):
         transforms._pil_interp = transforms.str_to_pil_interp
+
+
+def restore_posterize() -> None:
+    """Let Pillow's ``posterize`` keep 0 bits again, as timm's RandAugment asks it to: all black.
+
+    Needed with Pillow 13 or newer, which refuses that, for the recipe of ImageNet.
+    """
+    from PIL import ImageOps
+
+    posterize = ImageOps.posterize
+    ImageOps.posterize = lambda image, bits: posterize(image, bits) if bits else image.point(
+        [0] * 256 * len(image.getbands()))
 
 
 def skip_pretrained_cfg(main: Any) -> None:
