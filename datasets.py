@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import warnings
 from collections import Counter
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -378,6 +379,9 @@ DATA_SETS = {
 }
 
 
+LOCK = ".download.lock"
+
+
 def _download(row: DataSet, root: str, split: str) -> None:
     """Download what is missing, unless another process of this machine has done so meanwhile."""
     with contextlib.ExitStack() as until_done:
@@ -385,7 +389,7 @@ def _download(row: DataSet, root: str, split: str) -> None:
             import fcntl  # not on Windows
 
             os.makedirs(root, exist_ok=True)
-            lock = until_done.enter_context(open(os.path.join(root, ".download.lock"), "a"))
+            lock = until_done.enter_context(open(os.path.join(root, LOCK), "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
             warnings.warn(f"downloading to {root} without a lock ({error}): let no other process "
@@ -397,5 +401,7 @@ def _download(row: DataSet, root: str, split: str) -> None:
         except ValueError:  # a file that is there is wrong
             raise
         except Exception as error:  # urllib and tarfile raise almost anything
+            if os.listdir(root) == [LOCK]:  # leave nothing behind
+                shutil.rmtree(root, ignore_errors=True)
             raise OSError(f"cannot download {row.url}: {error}; launch again, or first put "
                           f"{', '.join(row.md5)} into {root} by hand") from error

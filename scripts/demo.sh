@@ -10,7 +10,7 @@ classes=20
 step() { printf '\n== %s\n' "$1"; }
 
 step "Python and DeiT"
-PYTHON=$(tests/setup.sh requirements.txt requirements-report.txt)
+PYTHON=$(bash tests/setup.sh requirements.txt requirements-report.txt)
 mkdir -p "$demo"
 if [[ -z ${DEIT_DIR:-} ]]; then
     DEIT_DIR=$demo/deit
@@ -32,7 +32,7 @@ step "Convert the checkpoint"
 "$PYTHON" convert_to_deit.py --input "$demo/moco-v3.pth.tar" --output "$demo/converted.pth"
 
 step "Fine-tune by the Flowers recipe, made small: 2 processes, ViT-Tiny, 12 epochs"
-scripts/flowers.sh --resume "$demo/converted.pth" --data-path "$demo/flowers" \
+bash scripts/flowers.sh --resume "$demo/converted.pth" --data-path "$demo/flowers" \
     --output_dir "$demo/run" --overwrite --device cpu --model deit_tiny_patch16_224 \
     --input-size 64 --batch-size 16 --epochs 12 --lr 5e-3 --weight-decay 0.05 --reprob 0 \
     --eval-freq 1 --num_workers 1

@@ -19,7 +19,7 @@ from deit_plugin import checkout, errors, versions  # noqa: E402
 
 def main() -> None:
     """Export the model. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write a fine-tuned model in timm's own layout.")
     parser.add_argument("--resume", required=True, type=os.path.expanduser, metavar="CHECKPOINT",
                         help="best_checkpoint.pth of a run")
     parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="FOLDER",

@@ -4,7 +4,9 @@ import os
 import socket
 import sys
 
-from deit_plugin import checkout, errors
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from deit_plugin import checkout, errors, surroundings  # noqa: E402
 
 
 def be_one_of_one() -> None:
@@ -20,9 +22,10 @@ def be_one_of_one() -> None:
 def main() -> None:
     """Fine-tune, with DeiT's flags and ours on the command line."""
     errors.die_with_launcher()
+    surroundings.use_short_temporary_folder()
     deit = checkout.import_main()
     import datasets  # ours, as import_main has made sure
-    from deit_plugin import check, cpu, data, options, output
+    from deit_plugin import check, cpu, data, gpus, options, output
     from deit_plugin.run import Run
 
     args, plan = options.parse(deit, datasets.DATA_SETS, sys.argv[1:])
@@ -30,11 +33,11 @@ def main() -> None:
         cpu.patch(deit)
     if plan.check:
         sys.exit(check.check(deit, args, plan))
-    options.check_gpus(args, plan)
+    gpus.check(args.device, int(os.environ.get("NPROC_PER_NODE") or 1))
     be_one_of_one()
     folder = output.RunFolder(args.output_dir)
-    if args.rank == 0 and not args.eval:
-        folder.claim()
+    if not args.eval:
+        folder.check()
     start = output.find_start(args, plan)
     run = Run(deit, args, plan, data.load(args), folder, start)
     if start.epoch < args.epochs:

@@ -51,7 +51,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Label images with a fine-tuned model: CSV on standard output.")
     parser.add_argument("--resume", required=True, type=os.path.expanduser, metavar="CHECKPOINT",
                         help="best_checkpoint.pth of a run")
     parser.add_argument("paths", nargs="+", metavar="PATH",
@@ -119,7 +120,7 @@ def batches(paths: List[str], finished: Any, args: argparse.Namespace
             return paths[index], read(paths[index])
 
     yield from DataLoader(Photos(), args.batch_size, num_workers=min(args.num_workers, len(paths)),
-                          collate_fn=collate, worker_init_fn=errors.die_with_parent)
+                          collate_fn=collate, worker_init_fn=errors.begin_data_worker)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def default_path(runs: List[LoggedRun]) -> Path:
 
 def main() -> None:
     """Print the table and its notes, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="What fine-tuning runs came to: a table and a picture.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
                         help="--output_dir of a run, or a folder with runs below it")
     parser.add_argument("--output", type=Path, metavar="FILE",

@@ -39,7 +39,7 @@ trap requeue USR1 # before the time limit: see --signal above
 # From Slurm 22.05 on, srun does not take over the job's --cpus-per-task.
 # shellcheck disable=SC2016 # each node has its own SLURM_NODEID
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
-    bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' bash "$scripts/$1.sh" "${@:2}" &
+    bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' bash "$scripts/$1.sh" "${@:2}" &
 status=0
 wait "$!" || wait "$!" || status=$? # the signal ends the first wait, not the run
 # Where a partition has a GraceTime, Slurm ends the processes and calls that a failed job.

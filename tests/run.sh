@@ -4,7 +4,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-PYTHON=$(tests/setup.sh requirements.txt requirements-report.txt requirements-dev.txt)
+PYTHON=$(bash tests/setup.sh requirements.txt requirements-report.txt requirements-dev.txt)
 "$PYTHON" -m ruff check .
 PATH="$(dirname -- "$PYTHON"):$PATH" shellcheck scripts/*.sh tests/*.sh .ci/run
 "$PYTHON" -m pytest "$@"

@@ -35,7 +35,7 @@ def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path
         wait_for_epochs(tmp_path / "run")
         assert len(processes_of(tmp_path)) >= 2 * processes
         if name == "SIGTERM":
-            assert "another run" in error_of(fork("pets", *flags))
+            assert "another run" in error_of(fork("pets", *flags, processes=processes))
         run.send_signal(getattr(signal, name))
         wait_for(lambda: not processes_of(tmp_path), seconds=20)
         assert "Traceback" not in end_of(run).stderr

@@ -10,27 +10,32 @@ from conftest import ERAS, assert_rates, log_of, saved, train
 
 # Mean over 3 steps each: to 1e-5 the same on Python 3.8 with torch 1.7.1, timm 0.3.2, Pillow 10.4
 # as on Python 3.13 with torch 2.15, timm 1.0.31 and Pillow 13. Other images would have others.
-LOSSES = [3.589152, 3.585391, 2.904437]
+LOSSES = [3.589152, 3.571283, 2.917811]
 
 
 def train_three_epochs():
     """The other epochs only tell their learning rate.
 
-    Seeded, since timm's versions draw unequal numbers to initialise a model.
+    The first is seeded, since timm's versions draw unequal numbers to initialise a model.
     """
+    from deit_plugin import loaders
+
     sys.path.insert(0, os.environ["DEIT_DIR"])
     import engine
 
     sys.path.pop(0)
-    train = engine.train_one_epoch
+    train, training = engine.train_one_epoch, loaders.training
 
     def train_three(model, criterion, data_loader, optimizer, device, epoch, *rest, **options):
         if epoch >= 3:
-            return {"lr": optimizer.param_groups[0]["lr"]}
-        torch.manual_seed(epoch)
+            return {"lr": optimizer.param_groups[0]["lr"], "loss": 0.0}
         return train(model, criterion, data_loader, optimizer, device, epoch, *rest, **options)
 
-    engine.train_one_epoch = train_three
+    def seeded(*arguments):
+        torch.manual_seed(0)
+        return training(*arguments)
+
+    engine.train_one_epoch, loaders.training = train_three, seeded
 
 
 @pytest.mark.parametrize("era", [

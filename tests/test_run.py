@@ -37,7 +37,7 @@ TRUSTED = {"weights_only": False} if hasattr(torch.serialization, "add_safe_glob
 def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     folder = tmp_path / "run"
     done = train("pets", *flags, "--weight-decay", "0.2")
-    assert done.stdout.count(": test accuracy") == 2  # said once for each evaluation
+    assert done.stdout.count("; test accuracy") == 2  # said once for each evaluation
     assert "Accuracy of the network" not in done.stdout and "Namespace" not in done.stdout
     assert "8 = 1 process x 8 images" in done.stdout and "--accum-iter 128" in done.stdout
     assert re.findall(r"Epoch (\d) of 2: .* to go", done.stdout) == ["1", "2"]
@@ -65,7 +65,7 @@ def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, t
     third = train("pets", *flags, "--eval-freq", "3", "--output_dir", tmp_path / "third",
                   "--no-model-ema")
     claims = ["test_acc1" in row for row in log_of(tmp_path / "third")]
-    assert claims == [False, False, True, True] and third.stdout.count(": test accuracy") == 2
+    assert claims == [False, False, True, True] and third.stdout.count("; test accuracy") == 2
     losses = [[row["train_loss"] for row in log_of(tmp_path / name)] for name in ("run", "third")]
     assert losses[0] == losses[1]
     last = tmp_path / "third" / "checkpoint.pth"

@@ -49,6 +49,7 @@ class Scaler:
 
     def __call__(self, loss: torch.Tensor, optimizer: Optimizer, create_graph: bool = False,
                  **options: Any) -> None:
+        self.last_loss = loss.detach()  # for Run, which says it from time to time
         loss = loss / self.loader.accum_iter
         if self.loader.completes_step:
             self.scaler(loss, self.optimizer, create_graph=create_graph, **options)

@@ -20,6 +20,15 @@ def prefer_our_modules() -> None:
     sys.path.insert(0, str(BUNDLE))
 
 
+def _require_modules_of(folder: Path) -> None:
+    """Raise UserError if a module of DeiT's was imported from elsewhere."""
+    for path in folder.glob("*.py"):
+        file = getattr(sys.modules.get(path.stem), "__file__", None)
+        if file and path.stem != "datasets" and Path(file).resolve() != path.resolve():
+            raise UserError(f"DeiT's module {path.stem} was imported from {file} instead of "
+                            f"{path}: rename that file, or take its folder out of PYTHONPATH")
+
+
 def import_main() -> ModuleType:
     """DeiT's ``main`` module with our ``datasets``, patched for newer torch and timm.
 
@@ -31,18 +40,23 @@ def import_main() -> ModuleType:
                         "main.py, engine.py and utils.py: git clone "
                         "https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
     versions.silence_known_warnings()
-    sys.path.insert(0, str(folder))
-    prefer_our_modules()  # both folders have a datasets.py
+    prefer_our_modules()
     try:
         versions.restore_pil_interp()
         versions.restore_posterize()
         import torch
 
-        import convert_to_deit  # noqa: F401 (so that a missing copy is reported here)
-        import main
-        from datasets import DATA_SETS  # noqa: F401 (fails if DeiT's datasets.py was imported)
-
         torch.zeros(1).numpy()  # fails if torch and NumPy do not fit together
+        import convert_to_deit  # noqa: F401 (so that a missing copy is reported here)
+        from datasets import DATA_SETS  # noqa: F401 (fails if it is DeiT's datasets.py)
+
+        # The bundle may lie beside a main.py or utils.py of others; DeiT's are to be imported.
+        sys.path.insert(0, str(folder))
+        import main
+
+        _require_modules_of(folder)
+    except UserError:
+        raise
     except Exception as error:  # versions that do not fit can raise anything
         raise UserError(f"cannot import DeiT from {folder} with the bundle in {BUNDLE}: "
                         f"{type(error).__name__}: {one_line(error)}; copy all files that README.md "

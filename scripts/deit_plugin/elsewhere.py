@@ -1,7 +1,11 @@
 """Where data that are missing may be instead: a level up, one or two down, or misspelt."""
+import itertools
+import os
 import re
 from pathlib import Path
 from typing import Tuple
+
+MOST_FOLDERS = 500  # not to search a whole disk for somebody who passed their home folder
 
 
 def advice(layout: Tuple[str, ...], root: Path, missing: str) -> str:
@@ -12,9 +16,12 @@ def advice(layout: Tuple[str, ...], root: Path, missing: str) -> str:
     """
     if root.is_file():
         return f"{root} is a file: pass a folder"
+    if root == root.parent:  # /
+        return ""
     absent = [pattern for pattern in layout if not any(root.glob(pattern))]
-    here = [root, *filter(Path.is_dir, sorted([*root.glob("*"), *root.glob("*/*")]))]
-    above = [root.parent, *sorted(root.parent.glob(_loose(root.name)))]
+    below = filter(_is_readable, itertools.chain(root.glob("*"), root.glob("*/*")))
+    here = [root, *sorted(itertools.islice(below, MOST_FOLDERS))]
+    above = [root.parent, *filter(_is_readable, sorted(root.parent.glob(_loose(root.name))))]
     for folder in here + above if absent else ():
         if folder != root and all(any(folder.glob(pattern)) for pattern in layout):
             return f"it is in {folder}: pass --data-path {folder}"
@@ -29,6 +36,10 @@ def advice(layout: Tuple[str, ...], root: Path, missing: str) -> str:
             place, pattern = root / found, wanted
         changes.append(f"{place} to {root / pattern}")
     return f"move or rename {', '.join(changes)}"
+
+
+def _is_readable(path: Path) -> bool:
+    return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
 
 
 def _loose(pattern: str) -> str:

@@ -1,16 +1,21 @@
 """How a process ends when something goes wrong: one line, from the first that fails; no orphans."""
+import contextlib
 import ctypes
 import errno
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any, Callable, Optional
 
-LAUNCHER = "FINETUNE_LAUNCHER_PID"  # set by launcher.py for its processes, like the next
-FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first to fail creates
+# Environment variables that launcher.py sets for its processes:
+LAUNCHER = "FINETUNE_LAUNCHER_PID"
+FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first process to fail creates
+STATUS = "FINETUNE_STATUS"  # path of a file that says how much of the run is saved
 REFUSED = 2  # exit status before training, as with argparse; later it is 1
 MONITOR_INTERVAL = 1  # seconds after which torch's launcher looks at its processes again
 
@@ -21,9 +26,11 @@ class UserError(Exception):
 
 def guard(run: Callable[[], None]) -> None:
     """Call ``run()``; if it fails, say why in one line and end the process with its status."""
-    # A process blocked in a C++ collective never runs Python's signal handlers.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which nohup and & can set
+        # A process blocked in a C++ collective never runs Python's signal handlers.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.excepthook = _ignore_lost_connections
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     try:
         run()
     except UserError as error:
@@ -38,8 +45,59 @@ def guard(run: Callable[[], None]) -> None:
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
-def die_with_parent(*_: Any) -> None:
-    """Have Linux kill this process when its parent ends. Also usable as worker_init_fn.
+class _Output:
+    """A stream that ends no run: after an error, as of `| head`, what is written is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, or drop it."""
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what cannot be written."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._stream = open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def begin_data_worker(*_: Any) -> None:
+    """The worker_init_fn of every data loader: a worker never outlives its run, nor hangs it."""
+    die_with_parent()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_data_worker)
+
+
+def _end_data_worker(error: Exception, _: Any) -> None:
+    """Python would only print the error, and the run would wait for the images forever."""
+    _fail(f"error: a data worker cannot hand over its images: {one_line(error)}; set TMPDIR to a "
+          "short path with free space, or pass --num_workers 0", 1)
+
+
+def write_status(text: str) -> None:
+    """Note how much of the run is saved, for Ctrl-C."""
+    if STATUS in os.environ:
+        with contextlib.suppress(OSError):  # the launcher and its folder are gone
+            Path(os.environ[STATUS]).write_text(text)
+
+
+def read_status() -> str:
+    """What write_status noted last."""
+    with contextlib.suppress(OSError):
+        return Path(os.environ[STATUS]).read_text()
+    return "nothing saved yet"
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when its parent ends.
 
     Measured: an orphaned data worker with a full queue waits forever, and a process in a C++
     collective runs no Python signal handler.

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 import convert_to_deit
 
 from .data import Data
-from .hold_out import Part
 
 
 class Evaluation(NamedTuple):
@@ -107,9 +106,6 @@ def write_predictions(path: str, predictions: List[Tuple[int, float]], data: Dat
 
 def names_of(dataset: Any, root: str) -> List[Any]:
     """The images' paths relative to ``root``, or for CIFAR their indices."""
-    if isinstance(dataset, Part):
-        names = names_of(dataset.dataset, root)
-        return [names[index] for index in dataset.indices]
     if hasattr(dataset, "samples"):
         return [os.path.relpath(path, os.path.abspath(root)) for path, _ in dataset.samples]
-    return list(range(len(dataset)))
+    return list(getattr(dataset, "indices", range(len(dataset))))

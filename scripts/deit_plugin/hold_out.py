@@ -17,6 +17,11 @@ class Part(Subset):
         self.targets = [dataset.targets[index] for index in indices]
 
     @property
+    def samples(self) -> List[Tuple[str, int]]:
+        """Paths and labels; as the data set, CIFAR's parts have none."""
+        return [self.dataset.samples[index] for index in self.indices]
+
+    @property
     def transform(self) -> Callable:
         """The data set's; DeiT HEAD sets it under --ThreeAugment."""
         return self.dataset.transform

@@ -1,27 +1,44 @@
 #!/usr/bin/env python3
 """torch's own launcher and its flags, without the page of tracebacks that follows a failure."""
+import argparse
 import logging
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import warnings
-from typing import Optional
+from typing import Any, Optional
 
-sys.path[0] = os.path.dirname(sys.path[0])  # scripts/, since this file is run as a script
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # scripts/
 
-from deit_plugin import errors  # noqa: E402
+from deit_plugin import errors, surroundings  # noqa: E402
 
 
 def main() -> None:
     """Run torch's launcher on this script's arguments; exit as the first process that failed."""
+    surroundings.keep_ignored_signals()
+    surroundings.forget_torchrun_variables()
+    surroundings.use_short_temporary_folder()
     os.environ[errors.LAUNCHER] = str(os.getpid())
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+    with surroundings.temporary_folder() as folder:
         os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
+        os.environ[errors.STATUS] = os.path.join(folder, "status")
+        signal.signal(signal.SIGINT, interrupted)  # until torch's launcher handles it
+        check_gpus()
         sys.exit(launch(folder))
+
+
+def check_gpus() -> None:
+    """Say that there are too few GPUs before any process has imported torch to find out."""
+    from deit_plugin import gpus
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--nproc_per_node", type=int, default=1)
+    args, _ = parser.parse_known_args()
+    gpus.check(args.device, args.nproc_per_node)
 
 
 def launch(folder: str) -> Optional[int]:
@@ -40,6 +57,8 @@ def launch(folder: str) -> Optional[int]:
         who, status = "a process", error.returncode
     except Exception as error:
         if hasattr(error, "sigval"):  # SignalException, which torch 1.9 does not have
+            if error.sigval == signal.SIGINT:
+                interrupted()
             return 128 + error.sigval
         if not hasattr(error, "get_first_failure"):  # ChildFailedError
             raise
@@ -50,6 +69,12 @@ def launch(folder: str) -> Optional[int]:
     hint = ": out of memory?" if -status == signal.SIGKILL else ""
     sys.stderr.write(f"error: {who} was ended by {signal.Signals(-status).name}{hint}\n")
     return 128 - status
+
+
+def interrupted(*_: Any) -> None:
+    """Say where the run stands, and exit. Its processes end with this one."""
+    sys.stderr.write(f"interrupted: {errors.read_status()}; the same command continues\n")
+    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

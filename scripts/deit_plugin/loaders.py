@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from .errors import die_with_parent
+from .errors import begin_data_worker
 
 # Seconds. After a collective, a thread of gloo takes and frees Python's GIL; a data worker that is
 # forked at that moment inherits a GIL that nobody frees (Python before 3.12; seen once in 1000
@@ -110,7 +110,7 @@ def _persistent(loader: DataLoader, dataset: Any, batches: Any,
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
         pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
-        persistent_workers=loader.num_workers > 0, worker_init_fn=die_with_parent)
+        persistent_workers=loader.num_workers > 0, worker_init_fn=begin_data_worker)
 
 
 def evaluation(loader: DataLoader, args: Namespace) -> DataLoader:

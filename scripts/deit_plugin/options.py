@@ -10,7 +10,7 @@ import torch
 
 from . import weights
 from .errors import UserError
-from .words import count, flag_of
+from .words import flag_of
 
 YOUR_FLAGS = "--your-flags"  # launch.sh puts it between the recipe's flags and the user's
 PUBLISHED_PROCESSES = 8  # MoCo v3's transfer/README.md
@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     save_freq: int  # epochs between writes of checkpoint.pth
     overwrite: bool  # delete the run in --output_dir first
     check: bool
+    verbose: bool  # also print DeiT's own lines
     predictions: str  # path of the CSV file that --eval writes, or ""
     trust: bool  # load checkpoints that can run code
     command: str  # as typed
@@ -127,6 +128,7 @@ def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
             ("--overwrite", "start from scratch and delete the run that is in --output_dir"),
             ("--download", "download Flowers or Pets if they are missing (CIFAR always is)"),
             ("--check", "check everything a launch needs, and every image; train nothing"),
+            ("--verbose", "also print DeiT's own lines"),
             ("--test-split", "with --eval: evaluate on test/ of folders that also have a val/"),
             ("--trust", "load checkpoints that contain more than tensors and plain values, as "
                         "torch did before it had weights_only; this runs the code in them")):
@@ -156,6 +158,7 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value} is not supported: pass the converted checkpoint, or "
                             "the checkpoint of a run to continue, to --resume")
     minmax = args.cutmix_minmax or (0, 1)
+    size_in_name = weights.size_in_name(args.model)
     for wrong, message in (
             (not args.data_set, "--data-set is missing: pass pets, folder or another one"),
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
@@ -165,6 +168,16 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             (args.predictions and not args.eval, "--predictions: needs --eval"),
             (args.test_split and not args.eval, "--test-split: needs --eval; training evaluates on "
              "val/, so that test/ chooses nothing"),
+            (args.resume.startswith(("http:", "https:")),
+             f"--resume {args.resume}: download it first, with wget, and pass the file"),
+            (size_in_name not in (None, "224") and args.input_size == 224,
+             f"--model {args.model} is made for images of {size_in_name} pixels: pass --input-size "
+             f"{size_in_name}"),
+            (args.opt_betas and len(args.opt_betas) != 2,
+             f"--opt-betas {args.opt_betas}: takes two numbers, such as 0.9 0.999"),
+            (args.opt.startswith("ada") and "hess" in args.opt,
+             f"--opt {args.opt}: takes second derivatives, which several processes cannot compute; "
+             "the recipes use adamw"),
             (args.input_size % 16,
              f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
             (_mixes(args) and args.batch_size % 2,
@@ -233,16 +246,3 @@ def for_deit(args: argparse.Namespace, plan: Plan, start_epoch: int) -> argparse
     scale = 1 if getattr(args, "unscale_lr", False) else plan.accum_iter
     changed = {"output_dir": "", "start_epoch": start_epoch, "lr": args.lr * scale}
     return argparse.Namespace(**{**vars(args), **changed})
-
-
-def check_gpus(args: argparse.Namespace, plan: Plan) -> str:
-    """Describe this machine's GPUs; raise UserError if there are fewer than processes."""
-    # Newer torch counts GPUs also where its CUDA is too new for the driver.
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = int(os.environ.get("NPROC_PER_NODE", 1))
-    found = f"NPROC_PER_NODE={wanted}: torch can use {count(gpus, 'GPU')} on this machine"
-    looks_ahead = plan.check and not gpus  # as on a cluster's login node
-    if args.device == "cuda" and wanted > gpus and not looks_ahead:
-        advice = "set NPROC_PER_NODE to that, or " if gpus else ""
-        raise UserError(f"{found}; {advice}pass --device cpu for a smoke test")
-    return f"{found}, --device {args.device}"

@@ -5,13 +5,14 @@ written after the line of its epoch, so no line can be missing.
 """
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import warnings
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import IO, Any, Dict, List, NamedTuple, Optional, Tuple
 
 import convert_to_deit
 
@@ -23,7 +24,7 @@ from .words import differing
 # Settings that must match the weights, and the optimizer and EMA state, of a checkpoint.
 OF_WEIGHTS = ("model", "input_size")
 OF_STATE = (*OF_WEIGHTS, "opt", "opt_betas", "opt_eps", "momentum", "weight_decay", "model_ema")
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json")
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json", "report.png")
 
 
 class Start(NamedTuple):
@@ -135,14 +136,27 @@ class RunFolder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
+    def check(self) -> str:
+        """Return the folder's path. Raises UserError if it cannot be written or another run does.
+
+        Creates nothing.
+        """
+        require_writable(self.path, "--output_dir")
+        if (self.path / ".lock").exists():
+            with open(self.path / ".lock") as lock:
+                self._lock(lock, fcntl.LOCK_SH)  # other processes of this launch look, too
+        return str(self.path)
+
     def claim(self) -> None:
         """Create the folder and lock it until this process ends."""
-        self.check()
         self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
+        self._lock(self._claim, fcntl.LOCK_EX)
+
+    def _lock(self, file: IO, kind: int) -> None:
+        """Take a lock that ends with the process, and that data workers do not inherit."""
         try:
-            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
-            # This lock ends with the process, and data workers do not inherit it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output_dir {self.path} is being written by another run: wait for "
                             "it, stop it, or pass another folder") from None
@@ -150,28 +164,27 @@ class RunFolder:
             warnings.warn(f"--output_dir {self.path} cannot be locked ({error.strerror}): make "
                           "sure that no other run writes there", stacklevel=1)
 
-    def check(self) -> str:
-        """Return the folder's path, or raise UserError if it cannot be written. Creates nothing."""
-        require_writable(self.path, "--output_dir")
-        return str(self.path)
-
     def begin(self, start: Start, overwrite: bool, facts: Dict[str, Any],
               launch: Dict[str, Any]) -> None:
-        """Remove what a crash left, cut log.txt back to the start, and write run.json.
+        """Claim the folder, remove what a crash left, cut log.txt back, and write run.json.
 
-        With ``overwrite`` no file of an earlier run stays. A log without its checkpoint may be all
-        that is left of a run: it is kept as log.txt.old. What report.py reads besides log.txt, and
-        a record of each launch, become run.json.
+        With ``overwrite`` the files of an earlier run are deleted. Otherwise a log without its
+        checkpoint, which may be all that is left of a run, and files of others that have our names
+        are kept under another name. What report.py reads besides log.txt, and a record of each
+        launch, become run.json.
         """
-        names = RUN_FILES if overwrite else ()
-        for left_over in [*self.path.glob(".*.tmp"), *(self.path / name for name in names)]:
-            left_over.unlink(missing_ok=True)
-        log = self.path / "log.txt"
-        if not start.continues and log.exists():
-            log.rename(self.path / "log.txt.old")
-        launches = self._read_run_json().get("launches", []) if start.continues else []
+        self.claim()
+        for left_over in self.path.glob(".*.tmp"):
+            left_over.unlink()
+        deletes = overwrite and "settings" in self._read_run_json()
+        for name in () if start.continues else RUN_FILES:
+            if deletes:
+                (self.path / name).unlink(missing_ok=True)
+            elif (self.path / name).exists():
+                (self.path / name).rename(self._unused_name(name))
+        launches = self._read_run_json().get("launches", [])
         lines = "".join(json.dumps(row) + "\n" for row in start.rows)
-        with convert_to_deit.atomic_write(str(log)) as file:
+        with convert_to_deit.atomic_write(str(self.path / "log.txt")) as file:
             file.write(lines.encode())
         best = Path(start.path).with_name("best_checkpoint.pth")
         if start.parent and not start.continues and best.exists():
@@ -187,11 +200,19 @@ class RunFolder:
         facts["launches"][-1]["ended"] = provenance.now()
         self._write_run_json(facts)
 
+    def _unused_name(self, name: str) -> Path:
+        """A path such as log.txt.old that does not exist."""
+        endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
+        return next(path for path in (self.path / (name + ending) for ending in endings)
+                    if not path.exists())
+
     def _read_run_json(self) -> Dict[str, Any]:
+        """Our run.json; {} if it is missing, damaged or not ours."""
         try:
-            return json.loads((self.path / "run.json").read_bytes())
+            facts = json.loads((self.path / "run.json").read_bytes())
         except (OSError, ValueError):
             return {}
+        return facts if isinstance(facts, dict) and isinstance(facts.get("launches"), list) else {}
 
     def _write_run_json(self, facts: Dict[str, Any]) -> None:
         with convert_to_deit.atomic_write(str(self.path / "run.json")) as file:

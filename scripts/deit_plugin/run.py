@@ -2,22 +2,26 @@
 import json
 import random
 import shlex
+import sys
 import time
 import zlib
 from argparse import Namespace
-from datetime import timedelta
+from collections import Counter
 from types import ModuleType, SimpleNamespace
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.distributed
 
-from . import accumulation, loaders, options, output, provenance, recipe, weights
+from datasets import left_out_in_words
+
+from . import accumulation, errors, loaders, options, output, provenance, recipe, weights
 from .data import Data, describe, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
 from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
 from .options import Plan
 from .output import RunFolder, Start
+from .progress import duration, follow
 from .words import count, differing, unequal
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
@@ -70,7 +74,9 @@ class Run:
         """Run DeiT's ``main`` with this run's methods in place of its functions."""
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
-        self.main.print = lambda *_: None  # duplicates our own output and prints all arguments
+        if not self.plan.verbose:
+            for module in (self.main, self.main.utils, sys.modules["engine"]):
+                module.print = lambda *_, **__: None  # ours says it in fewer lines
         random.seed(self.args.seed + self.args.rank)  # DeiT leaves it out
         self.main.main(options.for_deit(self.args, self.plan, self.start.epoch))
         if self.args.rank == 0 and not self.args.eval:
@@ -136,7 +142,10 @@ class Run:
         batches = iter(self.train_loader)  # draws a number from torch's generator, so seed after it
         if epoch > 0:
             loaders.seed_process(self.args, epoch)
-        loader = accumulation.Loader(batches, len(self.train_loader), model, self.plan.accum_iter)
+        loader = accumulation.Loader(
+            follow(batches, len(self.train_loader), "batch", self.args.batch_size *
+                   self.args.world_size, self._say, lambda: self._details(scaler)),
+            len(self.train_loader), model, self.plan.accum_iter)
         scaler = accumulation.Scaler(loss_scaler, optimizer, loader)
         ema = model_ema and accumulation.Ema(model_ema, loader)
         try:
@@ -157,7 +166,9 @@ class Run:
             self.test_loader = loaders.evaluation(data_loader, self.args)
         began, stats = time.monotonic(), {}
         if self.args.eval or self._is_due(self.plan.eval_freq):
-            found = evaluate(model, self.test_loader, device, len(self.data.classes))
+            batches = follow(self.test_loader, len(self.test_loader), "test batch",
+                             data_loader.batch_size * self.args.world_size, self._say)
+            found = evaluate(model, batches, device, len(self.data.classes))
             stats = found.stats
         if self.args.eval:
             self._report(found)
@@ -197,6 +208,8 @@ class Run:
                 self.best = max([self.best, *self.start.rows],
                                 key=lambda row: row.get("test_acc1", -1))
         self._say(self.describe())
+        if self.start.epoch:
+            self._note_saved(self.start.epoch)
         state.clear()  # frees its memory; nothing reads it from here on
         self.began = time.monotonic()
 
@@ -219,7 +232,11 @@ class Run:
             f"evaluation on {evaluated_on(self.data, args)} every "
             f"{count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(plan.save_freq, 'epoch')}, both also after the last",
-            *self._describe_differences()])
+            *self._describe_left_out(), *self._describe_differences()])
+
+    def _describe_left_out(self) -> List[str]:
+        left_out = sum((getattr(split, "left_out", Counter()) for split in self.data), Counter())
+        return [left_out_in_words(left_out)] if left_out else []
 
     def _describe_differences(self) -> List[str]:
         lines = []
@@ -266,7 +283,7 @@ class Run:
         is_best = row.get("test_acc1", -1) > self.best["test_acc1"]
         if is_best:
             self.best = row
-        self._say_progress(epoch + 1, tested)
+        self._say_progress(epoch + 1, row, tested)
         self.folder.log(row)
         saves = (["best_checkpoint.pth"] if is_best else []) + (
             ["checkpoint.pth"] if is_best or self._is_due(self.plan.save_freq) else [])
@@ -277,8 +294,14 @@ class Run:
                          args=vars(self.args))  # a plain dict, which weights_only loads
         for name in saves:
             self.folder.save(name, state)
+        if saves:
+            self._note_saved(epoch + 1)
 
-    def _say_progress(self, done: int, tested: Dict[str, float]) -> None:
+    def _note_saved(self, epochs: int) -> None:
+        errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
+                            f"{self.folder.path / 'checkpoint.pth'}")
+
+    def _say_progress(self, done: int, row: Dict[str, float], tested: Dict[str, float]) -> None:
         accuracy = ""
         if tested:
             accuracy = (f"{self._in_words(tested)} (best accuracy {self.best['test_acc1']:.2f} %)"
@@ -287,9 +310,16 @@ class Run:
         to_go = elapsed / (done - self.start.epoch) * (self.args.epochs - done)
         elapsed += sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
                        for row in self.start.rows)
-        so_far, to_go = (timedelta(seconds=round(seconds)) for seconds in (elapsed, to_go))
-        self._say(f"Epoch {done} of {self.args.epochs}: {accuracy}{so_far} so far, about {to_go} "
-                  "to go")
+        trained = f"loss {row['train_loss']:.4f}, learning rate {row['train_lr']:.3g}"
+        self._say(f"Epoch {done} of {self.args.epochs}: {trained}; {accuracy}{duration(elapsed)} "
+                  f"so far, about {duration(to_go)} to go")
+
+    def _details(self, scaler: accumulation.Scaler) -> str:
+        """The last batch's loss, and the GPU's memory."""
+        text = f", loss {scaler.last_loss.item():.4f}"
+        if self.args.device == "cuda":
+            text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
+        return text
 
     def _say(self, text: str) -> None:
         """Print once for all processes."""

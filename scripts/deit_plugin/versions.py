@@ -56,5 +56,5 @@ def silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", message=r"Overwriting \w+ in registry|barrier\(\): using|"
                             "This DataLoader will create|.*CUDA is not available|"
                             ".*Found no NVIDIA driver")
-    if os.environ.get("RANK", "0") != "0":
+    if (os.environ.get("RANK") or "0") != "0":
         warnings.simplefilter("ignore")

@@ -2,7 +2,7 @@
 import re
 from argparse import Namespace
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,16 @@ def _vision_transformer(name: str, **kwargs: Any) -> VisionTransformer:
                              **kwargs)
 
 
+def size_in_name(model: str) -> Optional[str]:
+    """The input size that the names of DeiT and timm tell, as in vit_base_patch16_384."""
+    found = re.search(r"_(\d{3})(?![^_.])", model)
+    return found[1] if found else None
+
+
 def create(name: str, input_size: int, make: Callable, **kwargs: Any) -> torch.nn.Module:
     """``make(name, **kwargs)``, a model for that input size. Raises UserError."""
     # DeiT's two older commits do not pass the input size on.
-    is_usual = input_size == 224 or name.endswith(f"_{input_size}")
+    is_usual = str(input_size) == (size_in_name(name) or "224")
     kwargs["img_size"] = None if is_usual else input_size
     try:
         return make(name, **kwargs)

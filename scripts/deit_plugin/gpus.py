@@ -1,0 +1,23 @@
+"""This machine's GPUs."""
+import torch
+
+from .errors import UserError
+
+
+def check(device: str, processes: int, is_launch: bool = True) -> str:
+    """Describe the GPUs that ``processes`` of this machine would use.
+
+    Raises UserError if there are fewer; not on a machine without any if that is not to launch, such
+    as the one that a cluster's users log in to.
+    """
+    if device == "cpu":
+        return f"none needed: --device cpu, {processes} processes"
+    # Newer torch counts GPUs also where its CUDA is too new for the driver.
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found and not is_launch:
+        return f"not checked: no GPU on this machine; the launch needs {processes}"
+    if found < processes:
+        advice = f"set NPROC_PER_NODE={found}, or " if found else ""
+        raise UserError(f"NPROC_PER_NODE={processes}, but torch can use {found} GPUs of this "
+                        f"machine: {advice}pass --device cpu for a smoke test")
+    return f"{found} GPUs for {processes} processes"

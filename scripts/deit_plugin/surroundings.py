@@ -1,0 +1,50 @@
+"""What the shell, the cluster or an earlier launch leave for a launch to find."""
+import contextlib
+import glob
+import os
+import shutil
+import signal
+import tempfile
+
+# Longest path of a temporary folder. Data workers open sockets below it, whose paths have at most
+# 107 characters (unix(7)), of which Python's own names take about 35 and the launcher's 25.
+LONGEST_TEMPORARY_FOLDER = 45
+
+
+def keep_ignored_signals() -> None:
+    """Keep signals ignored that were ignored at the start, as SIGHUP is by nohup.
+
+    torch's launcher would handle them, and end the run when the user logs out.
+    """
+    numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM]
+    ignored = {number for number in numbers if signal.getsignal(number) == signal.SIG_IGN}
+    handle = signal.signal
+    signal.signal = lambda number, handler: (
+        signal.SIG_IGN if number in ignored else handle(number, handler))
+
+
+def use_short_temporary_folder() -> None:
+    """Use /tmp where the temporary folder's path is too long, as job folders of Slurm can be."""
+    if len(tempfile.gettempdir()) > LONGEST_TEMPORARY_FOLDER and os.access("/tmp", os.W_OK):
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
+
+
+def forget_torchrun_variables() -> None:
+    """Drop PET_* variables, which a Kubernetes pod sets and torch's launcher takes for flags."""
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]
+
+
+@contextlib.contextmanager
+def temporary_folder():
+    """A folder for all temporary files of a launch; those of launches that were killed are removed.
+
+    Its name has the number of the process that made it.
+    """
+    for folder in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*-*")):
+        owner = os.path.basename(folder).split("-")[1]
+        if not os.path.exists(f"/proc/{owner}"):
+            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"finetune-{os.getpid()}-") as folder:
+        os.environ["TMPDIR"] = folder
+        yield folder

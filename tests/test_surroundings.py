@@ -1,0 +1,214 @@
+"""What shells, clusters and earlier launches leave behind, and folders that are not only ours."""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from conftest import error_of, log_of, saved, train
+from launches import (
+    ROOT,
+    SCRIPTS,
+    after_saving,
+    command,
+    end_of,
+    environment,
+    fork,
+    kill_all,
+    kill_itself,
+    launch,
+    processes_of,
+    running,
+    wait_for_epochs,
+)
+
+
+def test_odd_surroundings_change_nothing(flags, tmp_path):
+    """nohup, a Kubernetes pod's and Python's variables, a job folder with a long path."""
+    long = tmp_path / ("job" * 20) / "tmp"
+    long.mkdir(parents=True)
+    odd = {"PET_MAX_RESTARTS": "3", "PET_RDZV_ENDPOINT": "192.0.2.1:1", "PET_NNODES": "2",
+           "TMPDIR": long, "PYTHONSAFEPATH": "1", "RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}
+    words = command("pets", *flags, "--num_workers", "1", "--epochs", "20")
+    run = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(2, **odd),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_epochs(tmp_path / "run")
+    for process in [run.pid, *processes_of(tmp_path)]:
+        os.kill(process, signal.SIGHUP)
+    done = end_of(run)
+    assert (done.returncode, done.stderr) == (0, "") and len(log_of(tmp_path / "run")) == 20
+    refused = launch("pets", *flags, "--epochs", "0", **odd)
+    assert error_of(refused).count("--epochs 0") == 1
+    for script in ("report.py", "predict.py", "export.py"):  # without docstrings
+        subprocess.run([sys.executable, "-OO", SCRIPTS / script, "--help"], check=True,
+                       stdout=subprocess.DEVNULL)
+
+
+def test_too_few_gpus_are_named_before_any_process_starts(flags, tmp_path):
+    counter = tmp_path / "sitecustomize.py"  # Python imports it at its start
+    counter.write_text(f"open({str(tmp_path / 'started')!r}, 'a').write('x')")
+    line = error_of(launch("pets", *flags, "--device", "cuda", processes=8, PYTHONPATH=tmp_path,
+                           CUDA_VISIBLE_DEVICES=""))
+    assert "NPROC_PER_NODE=8" in line and "0 GPUs" in line and "--device cpu" in line
+    assert (tmp_path / "started").read_text() == "x"
+    check = fork("pets", *flags, "--device", "cuda", "--check", processes=8,
+                 CUDA_VISIBLE_DEVICES="")
+    assert "GPUs: not checked" in check.stdout and "needs 8" in check.stdout
+
+
+def test_without_exec_bits_and_with_another_shell(tmp_path):
+    scripts = shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    for path in scripts.glob("*.sh"):
+        path.chmod(0o644)
+    done = subprocess.run(["bash", scripts / "pets.sh", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--resume" in done.stdout
+    if "bash" not in os.path.realpath("/bin/sh"):
+        for name in ("pets.sh", "launch.sh"):
+            refused = subprocess.run(["sh", scripts / name], capture_output=True, text=True)
+            assert "bash" in error_of(refused)
+
+
+def test_inside_a_project_with_modules_of_the_same_names(flags, tmp_path):
+    """DeiT's modules win there, and a module from elsewhere is named."""
+    project = tmp_path / "project"
+    shutil.copytree(SCRIPTS, project / "scripts")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, project)
+    (project / "main.py").write_text("raise SystemExit('the wrong main')")
+    (project / "utils").mkdir()
+    (project / "utils" / "__init__.py").write_text("raise SystemExit('the wrong utils')")
+    train("pets", *flags, scripts=project / "scripts")
+
+    def import_another():
+        sys.path.insert(0, str(tmp_path))
+        import engine  # noqa: F401
+
+    (tmp_path / "engine.py").write_text("")
+    line = error_of(fork("pets", *flags, scripts=project / "scripts", before=import_another))
+    assert str(tmp_path / "engine.py") in line
+
+
+def test_a_closed_output_ends_no_run(flags, tmp_path):
+    with running("pets", *flags, "--epochs", "30", processes=2) as run:
+        run.stdout.readline()
+        run.stdout.close()  # as `| head -1` does
+        run.stdout = None
+        assert end_of(run).returncode == 0
+    assert len(log_of(tmp_path / "run")) == 30
+
+
+@pytest.mark.parametrize("save_freq, says", [("1", "epochs? of 500 are saved in .*checkpoint.pth"),
+                                             ("400", "nothing saved yet")])
+def test_ctrl_c_says_where_the_run_stands(save_freq, says, flags, tmp_path):
+    flags = [*flags, "--epochs", "500", "--save-freq", save_freq, "--eval-freq", "400"]
+    with running("pets", *flags) as run:
+        wait_for_epochs(tmp_path / "run", 2)
+        for process in [run.pid, *processes_of(tmp_path)]:  # a terminal tells all of them
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGINT)
+        done = end_of(run)
+    assert done.returncode == 130
+    assert re.fullmatch(f"interrupted: .*{says}; the same command continues\n", done.stderr)
+
+
+def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path):
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    options = {"TMPDIR": temporary} if len(str(temporary)) < 45 else {}
+    folder = temporary if options else tempfile.gettempdir()
+    with running("pets", *flags, "--epochs", "500", **options) as run:
+        wait_for_epochs(tmp_path / "run")
+        own = [name for name in os.listdir(folder) if name.startswith(f"finetune-{run.pid}-")]
+        kill_all(run, tmp_path)
+    assert len(own) == 1 and own[0] in os.listdir(folder)
+    launch("pets", *flags, "--epochs", "0", **options)
+    assert own[0] not in os.listdir(folder)
+
+
+def test_a_refused_launch_leaves_nothing(flags, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    for wrong in (["--model", "no_such"], ["--opt", "none"], ["--batch-size", "400"],
+                  ["--data-path", "/nowhere"], ["--input-size", "30"]):
+        error_of(fork("pets", *flags, *wrong))
+    unreachable = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    failed = fork("cifar10", *flags, "--data-path", tmp_path / "cifar", **unreachable)
+    assert "cannot download" in error_of(failed)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_of_others_in_the_folder_are_kept(flags, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.txt").write_text("my notes")
+    (run / "best_checkpoint.pth").write_text("mine")
+    train("pets", *flags, "--epochs", "1", "--overwrite")
+    assert (run / "log.txt.old").read_text() == "my notes" and len(log_of(run)) == 1
+    assert (run / "best_checkpoint.pth.old").read_text() == "mine"
+    (run / "report.png").write_text("ours")
+    (run / "notes.md").write_text("mine")
+    with open(run / "log.txt", "a") as log:
+        log.write('{"a": 1}\n[3]\n')
+    assert "nothing left" in train("pets", *flags, "--epochs", "1").stdout
+    train("pets", *flags, "--epochs", "1", "--weight-decay", "0.3", "--overwrite")
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock", "best_checkpoint.pth", "best_checkpoint.pth.old", "checkpoint.pth", "log.txt",
+        "log.txt.old", "notes.md", "run.json"]
+
+
+def break_the_feeder():
+    """A data worker's thread that hands over images fails, as with a socket's path too long."""
+    from multiprocessing import reduction
+
+    from deit_plugin import loaders
+
+    begin = loaders.begin_data_worker
+
+    def begin_and_break(number):
+        begin(number)
+        reduction.ForkingPickler.dumps = None
+
+    loaders.begin_data_worker = begin_and_break
+
+
+def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags, tmp_path):
+    began = time.monotonic()
+    done = fork("pets", *flags, "--num_workers", "1", before=break_the_feeder,
+                FINETUNE_FIRST_FAILURE=tmp_path / "first")
+    assert "data worker cannot hand over" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode and time.monotonic() - began < 60
+
+
+def test_output_is_calm_and_verbose_brings_deit_s_lines(flags, tmp_path):
+    calm = train("pets", *flags, "--epochs", "4", "--eval-freq", "4")
+    lines = calm.stdout.splitlines()
+    assert [line for line in lines if line.startswith("Epoch")] == lines[-6:-2]
+    assert len(lines) < 16 and re.match(r"Epoch 1 of 4: loss [\d.]+, learning rate 1e-06; "
+                                        r"0:00:\d\d so far, about 0:00:\d\d to go", lines[-6])
+
+    def often():
+        from deit_plugin import progress
+
+        progress.SECONDS_BETWEEN_LINES = 0
+
+    told = train("pets", *flags, "--output_dir", tmp_path / "told", before=often)
+    assert re.search(r"  batch 2 of 6, loss [\d.]+, [\d.]+ images/s, about 0:00:00 to go",
+                     told.stdout)
+    assert "  test batch 1 of 2, " in told.stdout
+    verbose = train("pets", *flags, "--output_dir", tmp_path / "verbose", "--verbose")
+    assert "Epoch: [0]" in verbose.stdout and "Epoch 1 of 2" in verbose.stdout
+
+
+def test_so_far_counts_the_whole_run(flags, tmp_path):
+    """Also the part before it was killed."""
+    fork("pets", *flags, before=after_saving(kill_itself))
+    log = tmp_path / "run" / "log.txt"
+    log.write_text(log.read_text().replace('"train_seconds": ', '"train_seconds": 3600'))
+    assert re.search(r"Epoch 2 of 2: .*; [1-9]\d*:\d\d:\d\d so far", train("pets", *flags).stdout)
+    assert saved(tmp_path / "run" / "checkpoint.pth")["epoch"] == 1
