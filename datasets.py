@@ -197,14 +197,14 @@ def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
             if is_image(path):
                 images.append(path)
             else:
-                left_out[os.path.splitext(path)[1] or "no ending"] += 1
+                left_out[os.path.splitext(path)[1] or "without an ending"] += 1
     return images, left_out
 
 
 def left_out_in_words(left_out: Counter) -> str:
     """How many files are left out, by ending."""
     endings = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(5))
-    return f"{sum(left_out.values())} files are left out, which Pillow cannot open: {endings}"
+    return f"files that are left out, because Pillow cannot open them: {endings}"
 
 
 def _is_visible(name: str) -> bool:

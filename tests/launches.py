@@ -90,16 +90,23 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, 
                  "WORLD_SIZE": world_size}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port)} for port in [free_port()] for rank in range(processes)]
+    return fork_script(script or words[start], *words[start + 1:], variables=variables,
+                       ranks=[{}] if by_hand else ranks, before=before)
+
+
+def fork_script(script, *arguments, variables, ranks=({},), before=None):
+    """Run a Python script as a process for each of ``ranks``, which have variables of their own."""
     with tempfile.TemporaryDirectory() as folder:
+        if len(ranks) > 1:  # one of them says why all of them end
+            variables = {**variables, "FINETUNE_FIRST_FAILURE": os.path.join(folder, "first")}
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         started = [multiprocessing.get_context("fork").Process(
-            target=_become, args=(Path(script or words[start]), words[start + 1:],
-                                  {**rank, **variables}, before, outputs))
-            for rank in ([{}] if by_hand else ranks)]
+            target=_become, args=(Path(script), list(map(str, arguments)), {**rank, **variables},
+                                  before, outputs)) for rank in ranks]
         for process in started:
             process.start()
         status = _end_together(started)
-        return subprocess.CompletedProcess(words, status, *map(Path.read_text, outputs))
+        return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
 
 
 def _end_together(processes):

@@ -18,7 +18,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image, ImageOps
-from torchvision.datasets import CIFAR10, cifar
+from torchvision.datasets import CIFAR10, ImageFolder, cifar
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
 import datasets
@@ -282,3 +282,118 @@ def test_without_a_lock(served, tmp_path, monkeypatch, module, is_ours):
         build("pets", tmp_path / "", download=True)
     assert len([one for one in warned if "without a lock" in str(one.message)]) == 1
     assert sorted(served) == sorted(Pets.md5)
+
+
+# Folders of photos
+
+
+def saved_image(path, array_or_image, **options):
+    image = array_or_image
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(str(path), **options)
+    return str(path)
+
+
+RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
+
+
+@pytest.mark.parametrize("name, pixels", [
+    ("grey.png", (RAMP * 65535).round().astype("uint16")),
+    ("grey.tif", (RAMP * 65535).round().astype("uint16")),
+    ("float.tif", RAMP.astype("float32")),
+    ("grey8.png", (RAMP * 255).round().astype("uint8")),
+])
+def test_16_bits_and_floats_are_scaled(tmp_path, name, pixels):
+    image = datasets.load_photo(saved_image(tmp_path / name, pixels))
+    assert image.mode == "RGB"
+    shown = numpy.asarray(image)
+    assert abs(shown[..., 0].astype(float) - RAMP * 255).max() <= 0.51
+    assert (shown[..., :1] == shown).all()
+
+
+@pytest.mark.parametrize("pixels", [RAMP * 2, RAMP - 1, RAMP * numpy.nan])
+def test_numbers_that_cannot_be_shown_are_refused(tmp_path, pixels):
+    path = saved_image(tmp_path / "odd.tif", pixels.astype("float32"))
+    with pytest.raises(OSError) as error:
+        datasets.read_image(datasets.load_photo, path)
+    assert path in str(error.value) and "not 0 to 1" in str(error.value)
+
+
+@pytest.mark.parametrize("mode, form", [("RGBA", "png"), ("LA", "png"), ("P", "png"),
+                                        ("P", "gif"), ("RGBA", "webp")])
+def test_transparency_is_white(tmp_path, mode, form):
+    image = Image.new("LA" if mode == "LA" else "RGBA", (8, 8), 0)
+    for x in range(4):
+        for y in range(8):
+            image.putpixel((x, y), (40, 255) if mode == "LA" else (40, 40, 40, 255))
+    options = {"lossless": True} if form == "webp" else {}
+    if mode == "P":
+        image = image.convert("RGB").quantize(4)
+        options = {"transparency": image.getpixel((7, 7))}
+    pixels = numpy.asarray(datasets.load_photo(
+        saved_image(tmp_path / f"a.{form}", image, **options))).astype(int)
+    assert abs(pixels[:, :4] - 40).max() <= 4 and (pixels[:, 4:] == 255).all()
+
+
+def test_orientation_and_animation(tmp_path):
+    left_red = Image.new("RGB", (16, 8))
+    left_red.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    turned = datasets.load_photo(saved_image(tmp_path / "a.jpg", left_red, exif=exif, quality=95))
+    assert turned.size == (8, 16) and turned.getpixel((4, 2))[0] > 200 > turned.getpixel((4, 13))[0]
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0))]
+    path = saved_image(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert datasets.load_photo(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_whatever_pillow_opens_is_used_and_hidden_files_are_not(copy, tmp_path):
+    folder = copy("folder")
+    before = [len(build("folder", folder, train)) for train in (True, False)]
+    bee = folder / "train" / "bee"
+    picture = Image.new("RGB", (9, 9))
+    for name, form in (("a.jfif", "JPEG"), ("b.gif", "GIF"), ("c", "PNG"), ("deep/d.JPG", "JPEG"),
+                       (".e.jpg", "JPEG"), ("._f.jpg", "JPEG"), ("@eaDir/g.jpg", "JPEG"),
+                       (".ipynb_checkpoints/h.jpg", "JPEG"), ("__MACOSX/i.jpg", "JPEG")):
+        saved_image(bee / name, picture, format=form)
+    (bee / "movie.mp4").write_bytes(b"\0" * 99)
+    (bee / "notes").write_text("none")
+    (tmp_path / "outside").mkdir()
+    saved_image(tmp_path / "outside" / "j.png", picture)
+    (bee / "link").symlink_to(tmp_path / "outside")
+    for split in ("train", "val"):
+        (folder / split / ".ipynb_checkpoints").mkdir()
+        (folder / split / "__MACOSX").mkdir()
+    dataset = build("folder", folder)
+    assert dataset.classes == ["ant", "bee", "cow"] and len(dataset) == before[0] + 5
+    assert {Path(path).name for path, _ in dataset.samples} >= {
+        "a.jfif", "b.gif", "c", "d.JPG", "j.png"}
+    assert dataset.left_out == {".mp4": 1, "without an ending": 1}
+    assert "1 .mp4" in datasets.left_out_in_words(dataset.left_out)
+    assert len(build("folder", folder, False)) == before[1]
+
+
+def test_imagenet_is_listed_as_torchvision_lists_it(data):
+    theirs = ImageFolder(str(data / "imagenet" / "train"))
+    ours = build("imagenet", data / "imagenet", color_jitter=0.4, aa="rand-m9-mstd0.5-inc1",
+                 train_interpolation="bicubic", remode="pixel", recount=1)
+    assert ours.samples == theirs.samples and ours.classes == theirs.classes
+
+
+def test_an_unsorted_val_of_imagenet_says_what_sorts_it(data, tmp_path):
+    shutil.copytree(str(data / "imagenet" / "train"), str(tmp_path / "train"))
+    (tmp_path / "val").mkdir()
+    for number in range(300):
+        (tmp_path / "val" / f"ILSVRC2012_val_{number:08}.JPEG").touch()
+    text = refusal("imagenet", tmp_path, ValueError, train=False)
+    assert "300 files" in text and "valprep.sh" in text and len(text) < 400
+
+
+def test_many_class_names_are_counted(copy):
+    folder = copy("folder")
+    for number in range(300):
+        (folder / "train" / f"class{number:03}").mkdir()
+    text = refusal("folder", folder, ValueError, train=False)
+    assert "only train/ has class000" in text and "and 295 more" in text and len(text) < 400

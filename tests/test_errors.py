@@ -25,6 +25,9 @@ from launches import ROOT, environment, fork, launch
     ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"), ("--bce-loss", "--smoothing 0"),
     ("--finetune a.pth", "--resume"), ("--distillation-type hard", "--distillation-type"),
     ("--output-dir out", "did you mean --output_dir"), ("--dryrun", "--dry-run"),
+    ("--opt-betas 0.9", "two numbers"), ("--opt adahessian", "adahessian"),
+    ("--resume https://a.b/c.pth", "wget"), ("--hold-out 1", "--hold-out 1"),
+    ("--model vit_tiny_patch16_384", "--input-size 384"), ("--predictions a.csv", "--eval"),
     ("--epochs many", "many"), ("--data-set imagnet", "imagenet"),
     ("--data-path=", "--data-path is missing"), ("--output_dir=", "--output_dir is missing"),
 ])
@@ -104,7 +107,8 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     (["--resume", "/nowhere.pth"], "/nowhere.pth"), (["--data-path", "/nowhere"], "/nowhere"),
     (["--model", "no_such_model"], "no_such_model"), (["--model", "resnet18"], "--model resnet18"),
     (["--batch-size", "400"], "no whole step"), (["--device", "cuda"], "--device cpu"),
-    (["--output_dir", __file__], __file__), (["--output-dir", "x"], "did you mean --output_dir"),
+    (["--output_dir", __file__], __file__), (["--data-path", "/"], "/annotations/trainval.txt"),
+    (["--output-dir", "x"], "did you mean --output_dir"),
 ])
 def test_a_mistake_ends_in_one_line(wrong, says, flags):
     assert says in error_of(fork("pets", *flags, *wrong, CUDA_VISIBLE_DEVICES=""))
@@ -216,6 +220,23 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
     assert "model: --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
+
+
+def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_path):
+    own = shutil.copytree(data / "folder", tmp_path / "own")
+    flags = [*flags, "--data-set", "folder", "--data-path", own, "--num_workers", "1", "--check"]
+    good = train("pets", *flags)
+    assert "14 (bee) to 15 (ant) train images per class" in good.stdout
+    assert "ok       data worker: hands over a batch" in good.stdout
+    assert "ok       duplicates: no image" in good.stdout and "warning" not in good.stdout
+    shutil.copy(sorted((own / "train" / "ant").iterdir())[0], own / "val" / "bee" / "copy.png")
+    (own / "train" / "cow" / "notes.txt").touch()
+    for path in sorted((own / "train" / "bee").iterdir())[1:]:
+        path.unlink()
+    done = train("pets", *flags)
+    assert "1 (bee) to 15 (ant)" in done.stdout and "fewer than two: bee" in done.stdout
+    assert "val/bee/copy.png = train/ant/0.png" in done.stdout
+    assert "left out" in done.stdout and "1 .txt" in done.stdout
 
 
 def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, tmp_path):

@@ -66,8 +66,7 @@ def test_machines_launched_with_different_flags_are_refused(changed, says, data,
         if os.environ["RANK"] == "1":
             sys.argv += changed.replace("OTHER", str(other)).split()
 
-    line = error_of(fork("pets", *flags, processes=2, before=change_rank_1,
-                         FINETUNE_FIRST_FAILURE=tmp_path / "first"))
+    line = error_of(fork("pets", *flags, processes=2, before=change_rank_1))
     assert re.search(says, line) and not (tmp_path / "run" / "run.json").exists()
 
 

@@ -3,8 +3,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 
 import numpy
@@ -18,7 +16,7 @@ import published
 from conftest import error_of, log_of, saved, train
 from deit_plugin import hold_out
 from deit_plugin.errors import UserError
-from launches import SCRIPTS, environment, fork
+from launches import SCRIPTS, environment, fork, fork_script
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +43,9 @@ def logits(run, data):
         return model.eval()(torch.stack(images)).numpy().astype(float), numpy.array(labels)
 
 
-def python(script, *arguments, **variables):
-    return subprocess.run([sys.executable, str(SCRIPTS / script), *map(str, arguments)],
-                          capture_output=True, text=True, timeout=120,
-                          env=environment(**variables))
+def python(script, *arguments):
+    """Without a DeiT."""
+    return fork_script(SCRIPTS / script, *arguments, variables=environment(DEIT_DIR=None))
 
 
 def rows_of(text):
@@ -116,7 +113,7 @@ def test_predict_labels_new_images(run, data, tmp_path):
     (photos / "broken.jpg").write_bytes(images[0].read_bytes()[:200])
     (photos / "notes.txt").write_text("none")
     path = run / "best_checkpoint.pth"
-    done = python("predict.py", "--resume", path, photos, "--batch-size", "3", DEIT_DIR=None)
+    done = python("predict.py", "--resume", path, photos, "--batch-size", "3")
     assert done.returncode == 1 and str(photos / "broken.jpg") in done.stderr, done.stderr
     assert ".txt" in done.stderr and "Traceback" not in done.stderr
     train("pets", "--eval", "--resume", path, "--data-path", data / "pets", "--predictions",
@@ -142,8 +139,7 @@ def test_predict_labels_new_images(run, data, tmp_path):
 
 def test_export_gives_the_same_logits_in_timm(run, data, tmp_path):
     out = tmp_path / "exported"
-    done = python("export.py", "--resume", run / "best_checkpoint.pth", "--output", out,
-                  DEIT_DIR=None)
+    done = python("export.py", "--resume", run / "best_checkpoint.pth", "--output", out)
     if not hasattr(timm.models, "_hub") or not hasattr(timm.models._hub,
                                                        "load_model_config_from_path"):
         assert "timm>=1.0.16" in error_of(done)
