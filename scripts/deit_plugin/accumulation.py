@@ -7,26 +7,31 @@ from typing import Any, Iterator, Tuple
 import torch
 
 
+class Step:
+    """Whether the batch that ``Loader`` handed out last completes an optimizer step."""
+
+    def __init__(self, accum_iter: int) -> None:
+        self.accum_iter, self.is_complete = accum_iter, False
+
+
 class Loader:
-    """Stands in for the data loader, and knows which batches complete an optimizer step.
+    """Stands in for the data loader, and tells ``step`` about its batches.
 
     batches: iterates over the ``length`` batches of one epoch.
     """
 
     def __init__(self, batches: Iterator[Tuple[torch.Tensor, torch.Tensor]], length: int,
-                 model: torch.nn.Module, accum_iter: int) -> None:
-        self.batches, self.length, self.model = batches, length, model
-        self.accum_iter = accum_iter
-        self.completes_step = False  # whether the batch that was handed out last does
+                 model: torch.nn.Module, step: Step) -> None:
+        self.batches, self.length, self.model, self.step = batches, length, model, step
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         for number, batch in enumerate(self.batches, start=1):
-            self.completes_step = number % self.accum_iter == 0
+            self.step.is_complete = number % self.step.accum_iter == 0
             # DistributedDataParallel.no_sync() sets this, too; other models ignore it.
-            self.model.require_backward_grad_sync = self.completes_step
+            self.model.require_backward_grad_sync = self.step.is_complete
             yield batch
 
 
@@ -42,16 +47,16 @@ class Optimizer:
 
 
 class Scaler:
-    """Stands in for timm's NativeScaler: steps only when ``loader`` has completed a step."""
+    """Stands in for timm's NativeScaler: lets the optimizer step only with a complete step."""
 
-    def __init__(self, scaler: Any, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
-        self.scaler, self.optimizer, self.loader = scaler, optimizer, loader
+    def __init__(self, scaler: Any, optimizer: torch.optim.Optimizer, step: Step) -> None:
+        self.scaler, self.optimizer, self.step = scaler, optimizer, step
 
     def __call__(self, loss: torch.Tensor, optimizer: Optimizer, create_graph: bool = False,
                  **options: Any) -> None:
-        self.last_loss = loss.detach()  # for Run, which says it from time to time
-        loss = loss / self.loader.accum_iter
-        if self.loader.completes_step:
+        self.last_loss = loss.detach()  # for the narrator
+        loss = loss / self.step.accum_iter
+        if self.step.is_complete:
             self.scaler(loss, self.optimizer, create_graph=create_graph, **options)
             self.optimizer.zero_grad()
         else:  # timm before 0.9 cannot do the backward pass alone
@@ -61,10 +66,10 @@ class Scaler:
 class Ema:
     """Stands in for timm's ModelEma: updates only after an optimizer step."""
 
-    def __init__(self, ema: Any, loader: Loader) -> None:
-        self.ema, self.loader = ema, loader
+    def __init__(self, ema: Any, step: Step) -> None:
+        self.ema, self.step = ema, step
 
     def update(self, model: torch.nn.Module) -> None:
         """Update the EMA if this batch has completed a step."""
-        if self.loader.completes_step:
+        if self.step.is_complete:
             self.ema.update(model)

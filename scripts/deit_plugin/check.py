@@ -44,7 +44,7 @@ def check(main: ModuleType, args: Namespace, plan: Plan) -> int:
     if images and start:
         run = ask("model", _create_model, main, args, plan, images, folder, start)
         if run and not args.eval:
-            print(run.describe())
+            print(run.narrator.describe())
     if images:
         splits = {name: split for name, split in images._asdict().items() if split is not None}
         ask("data worker", fetch_a_batch, images.test, args)

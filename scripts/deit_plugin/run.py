@@ -1,28 +1,24 @@
 """One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
-import json
 import random
 import shlex
 import sys
 import time
 import zlib
 from argparse import Namespace
-from collections import Counter
 from types import ModuleType, SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 import torch
 import torch.distributed
 
-from datasets import left_out_in_words
-
-from . import accumulation, errors, loaders, options, output, provenance, recipe, weights
-from .data import Data, describe, evaluated_on, kind_of_accuracy
+from . import accumulation, errors, loaders, machines, options, output, provenance, recipe, weights
+from .data import Data, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
 from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
+from .narrator import Narrator
 from .options import Plan
 from .output import RunFolder, Start
-from .progress import duration, follow
-from .words import count, differing, unequal
+from .words import count, unequal
 
 STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
              "train_one_epoch", "evaluate")
@@ -68,7 +64,7 @@ class Run:
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
         self.scheduler = self.trained = None
         self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
-        self.began = time.monotonic()
+        self.narrator = Narrator(args, plan, data, self.recipe, start)
 
     def run_deit(self) -> None:
         """Run DeiT's ``main`` with this run's methods in place of its functions."""
@@ -82,9 +78,9 @@ class Run:
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
             path, best = self.folder.path, self.best["test_acc1"]
-            self._say(f"Best {kind_of_accuracy(self.args)}: {best:.2f} % after epoch "
-                      f"{(self.best['epoch'] or 0) + 1}, {path / 'best_checkpoint.pth'}\n"
-                      f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
+            print(f"Best {kind_of_accuracy(self.args)}: {best:.2f} % after epoch "
+                  f"{(self.best['epoch'] or 0) + 1}, {path / 'best_checkpoint.pth'}\n"
+                  f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
         self.train_loader = self.test_loader = None  # ends their workers
         torch.distributed.destroy_process_group()
 
@@ -99,7 +95,7 @@ class Run:
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
         """The model with its weights."""
         if torch.distributed.is_initialized():  # not under --check
-            self._check_same_everywhere()
+            self._compare_machines()
         path, classes = self.start.path, self.data.classes
         its_classes = self.start.state.get("classes", classes)
         if its_classes != classes:
@@ -142,12 +138,12 @@ class Run:
         batches = iter(self.train_loader)  # draws a number from torch's generator, so seed after it
         if epoch > 0:
             loaders.seed_process(self.args, epoch)
-        loader = accumulation.Loader(
-            follow(batches, len(self.train_loader), "batch", self.args.batch_size *
-                   self.args.world_size, self._say, lambda: self._details(scaler)),
-            len(self.train_loader), model, self.plan.accum_iter)
-        scaler = accumulation.Scaler(loss_scaler, optimizer, loader)
-        ema = model_ema and accumulation.Ema(model_ema, loader)
+        step = accumulation.Step(self.plan.accum_iter)
+        scaler = accumulation.Scaler(loss_scaler, optimizer, step)
+        ema = model_ema and accumulation.Ema(model_ema, step)
+        number = len(self.train_loader)
+        batches = self.narrator.follow(batches, number, "batch", self.args.batch_size, scaler)
+        loader = accumulation.Loader(batches, number, model, step)
         try:
             stats = self.deit.train_one_epoch(
                 model, criterion, loader, accumulation.Optimizer(optimizer), device, epoch, scaler,
@@ -166,8 +162,8 @@ class Run:
             self.test_loader = loaders.evaluation(data_loader, self.args)
         began, stats = time.monotonic(), {}
         if self.args.eval or self._is_due(self.plan.eval_freq):
-            batches = follow(self.test_loader, len(self.test_loader), "test batch",
-                             data_loader.batch_size * self.args.world_size, self._say)
+            batches = self.narrator.follow(self.test_loader, len(self.test_loader), "test batch",
+                                           data_loader.batch_size, scaler=None)
             found = evaluate(model, batches, device, len(self.data.classes))
             stats = found.stats
         if self.args.eval:
@@ -183,9 +179,9 @@ class Run:
 
     def _report(self, found: Evaluation) -> None:
         """Say what --eval found, and write --predictions."""
-        self._say(f"{self.start.path}: {self._in_words(found.stats)} on "
-                  f"{evaluated_on(self.data, self.args)}\n"
-                  f"worst classes: {worst_classes(found, self.data.classes)}")
+        self.narrator.say(f"{self.start.path}: {self.narrator.in_words(found.stats)} on "
+                          f"{evaluated_on(self.data, self.args)}\n"
+                          f"worst classes: {worst_classes(found, self.data.classes)}")
         if self.plan.predictions:
             predictions = gather(found.predictions, len(self.data.test), self.args.world_size)
             if self.args.rank == 0:
@@ -202,70 +198,27 @@ class Run:
         if self.args.rank == 0:
             facts = {"settings": self.settings, "differs": self.recipe.differs,
                      "classes": self.data.classes}
-            launch = provenance.of_launch(self.plan.command, self.machines)
+            launch = provenance.of_launch(self.plan.command, self.places)
             self.folder.begin(self.start, self.plan.overwrite, facts, launch)
             if (self.folder.path / "best_checkpoint.pth").exists():
                 self.best = max([self.best, *self.start.rows],
                                 key=lambda row: row.get("test_acc1", -1))
-        self._say(self.describe())
+        self.narrator.say(self.narrator.describe())
         if self.start.epoch:
             self._note_saved(self.start.epoch)
         state.clear()  # frees its memory; nothing reads it from here on
-        self.began = time.monotonic()
+        self.narrator.began = time.monotonic()
 
-    def describe(self) -> str:
-        """What is trained from what and how, in lines."""
-        args, plan, start = self.args, self.plan, self.start.path
-        if self.start.epoch:
-            start += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        elif weights.HEAD[0] not in self.start.state["model"]:
-            start += " (the classifier head is new)"
-        size, rate = self.settings["effective batch size"], f"{args.lr:g}"
-        if not getattr(args, "unscale_lr", False):
-            rate += f" x {size} / 512 = {args.lr * size / 512:g}"
-        return "\n  ".join([
-            f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",
-            f"start: {start}",
-            f"output: {args.output_dir}",
-            f"effective batch size: {recipe.describe_batch(self.recipe, args, plan)}",
-            f"learning rate: {rate}",
-            f"evaluation on {evaluated_on(self.data, args)} every "
-            f"{count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
-            f"{count(plan.save_freq, 'epoch')}, both also after the last",
-            *self._describe_left_out(), *self._describe_differences()])
-
-    def _describe_left_out(self) -> List[str]:
-        left_out = sum((getattr(split, "left_out", Counter()) for split in self.data), Counter())
-        return [left_out_in_words(left_out)] if left_out else []
-
-    def _describe_differences(self) -> List[str]:
-        lines = []
-        if self.recipe.published:
-            lines.append("settings that differ from the published recipe: "
-                         f"{', '.join(self.recipe.differs) or 'none'}")
-        if self.start.epoch and not self.start.continues:
-            changed = differing(self.settings, self.start.state.get("settings", {}), "there")
-            lines.append(f"changed since {self.start.path}: {', '.join(changed) or 'nothing'}")
-        return lines
-
-    def _check_same_everywhere(self) -> None:
-        """Machines that were launched differently would train different models, or wait forever."""
-        text = json.dumps({
+    def _compare_machines(self) -> None:
+        """Raise UserError if the ranks were launched differently; learn where they run."""
+        everyone = machines.gather({
             **options.shared(self.args, self.plan), **self.settings,
-            "first epoch": self.start.epoch + 1, "checksum of --resume": self.start.pretrained,
+            "first epoch": self.start.epoch + 1,
+            "checksum of --resume": self.start.pretrained["crc32"],
             "checksum of the class names": zlib.crc32(repr(self.data.classes).encode()),
-            **provenance.of_process(self.args)})
-        # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
-        own = torch.tensor([*text.ljust(2**16).encode()], device=self.args.device)
-        everyone = [torch.zeros_like(own) for _ in range(self.args.world_size)]
-        torch.distributed.all_gather(everyone, own)
-        everyone = [json.loads(bytes(its.tolist())) for its in everyone]
-        self.machines = [{name: its.pop(name) for name in ("host", "device")} for its in everyone]
-        for rank, its in enumerate(everyone):
-            different = differing(json.loads(text), its, f"rank {rank}")
-            if different:
-                raise UserError(f"rank {self.args.rank} has {', '.join(different)}: pass the same "
-                                "on all machines, with the same data and one shared --output_dir")
+            **provenance.of_process(self.args)}, self.args.device)
+        self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
+        machines.require_same(everyone, self.args.rank)
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every ``every`` epochs and after the last is due."""
@@ -283,7 +236,7 @@ class Run:
         is_best = row.get("test_acc1", -1) > self.best["test_acc1"]
         if is_best:
             self.best = row
-        self._say_progress(epoch + 1, row, tested)
+        self.narrator.say_epoch(row, self.best["test_acc1"])
         self.folder.log(row)
         saves = (["best_checkpoint.pth"] if is_best else []) + (
             ["checkpoint.pth"] if is_best or self._is_due(self.plan.save_freq) else [])
@@ -300,34 +253,3 @@ class Run:
     def _note_saved(self, epochs: int) -> None:
         errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
                             f"{self.folder.path / 'checkpoint.pth'}")
-
-    def _say_progress(self, done: int, row: Dict[str, float], tested: Dict[str, float]) -> None:
-        accuracy = ""
-        if tested:
-            accuracy = (f"{self._in_words(tested)} (best accuracy {self.best['test_acc1']:.2f} %)"
-                        "; ")
-        elapsed = time.monotonic() - self.began
-        to_go = elapsed / (done - self.start.epoch) * (self.args.epochs - done)
-        elapsed += sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
-                       for row in self.start.rows)
-        trained = f"loss {row['train_loss']:.4f}, learning rate {row['train_lr']:.3g}"
-        self._say(f"Epoch {done} of {self.args.epochs}: {trained}; {accuracy}{duration(elapsed)} "
-                  f"so far, about {duration(to_go)} to go")
-
-    def _details(self, scaler: accumulation.Scaler) -> str:
-        """The last batch's loss, and the GPU's memory."""
-        text = f", loss {scaler.last_loss.item():.4f}"
-        if self.args.device == "cuda":
-            text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
-        return text
-
-    def _say(self, text: str) -> None:
-        """Print once for all processes."""
-        if self.args.rank == 0:
-            print(text, flush=True)
-
-    def _in_words(self, stats: Dict[str, float]) -> str:
-        """The accuracies and the loss of an evaluation."""
-        numbers = ("{acc1:.2f} %, top-5 {acc5:.2f} %, mean per class {acc_per_class:.2f} %, "
-                   "loss {loss:.4f}").format(**stats)
-        return f"{kind_of_accuracy(self.args)} {numbers}"

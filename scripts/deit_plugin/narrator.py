@@ -1,0 +1,102 @@
+"""What a run says."""
+import time
+from argparse import Namespace
+from collections import Counter
+from typing import Any, Dict, Iterable, Iterator, List
+
+import torch
+
+from datasets import left_out_in_words
+
+from .data import Data, describe, evaluated_on, kind_of_accuracy
+from .options import Plan
+from .output import Start
+from .progress import duration, follow
+from .recipe import Recipe, describe_batch
+from .words import count, differing
+
+
+class Narrator:
+    """Says, once for all processes, what a run is, how far it is, and what it found."""
+
+    def __init__(self, args: Namespace, plan: Plan, data: Data, recipe: Recipe, start: Start
+                 ) -> None:
+        self.args, self.plan, self.data, self.recipe = args, plan, data, recipe
+        self.start = start._replace(state={})  # its memory is freed when training begins
+        self.head_is_new = "head.weight" not in start.state["model"]
+        self.before = start.state.get("settings", {})
+        self.began = time.monotonic()
+        self.seconds_before = sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
+                                  for row in start.rows)
+
+    def say(self, text: str) -> None:
+        """Print, in rank 0 only."""
+        if self.args.rank == 0:
+            print(text, flush=True)
+
+    def describe(self) -> str:
+        """What is trained from what and how, in lines."""
+        args, plan, start = self.args, self.plan, self.start.path
+        if self.start.epoch:
+            start += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
+        elif self.head_is_new:
+            start += " (the classifier head is new)"
+        size, rate = self.recipe.settings["effective batch size"], f"{args.lr:g}"
+        if not getattr(args, "unscale_lr", False):
+            rate += f" x {size} / 512 = {args.lr * size / 512:g}"
+        return "\n  ".join([
+            f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",
+            f"start: {start}",
+            f"output: {args.output_dir}",
+            f"effective batch size: {describe_batch(self.recipe, args, plan)}",
+            f"learning rate: {rate}",
+            f"evaluation on {evaluated_on(self.data, args)} every "
+            f"{count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
+            f"{count(plan.save_freq, 'epoch')}, both also after the last",
+            *self._left_out(), *self._differences()])
+
+    def _left_out(self) -> List[str]:
+        left_out = sum((getattr(split, "left_out", Counter()) for split in self.data), Counter())
+        return [left_out_in_words(left_out)] if left_out else []
+
+    def _differences(self) -> List[str]:
+        lines = []
+        if self.recipe.published:
+            lines.append("settings that differ from the published recipe: "
+                         f"{', '.join(self.recipe.differs) or 'none'}")
+        if self.start.epoch and not self.start.continues:
+            changed = differing(self.recipe.settings, self.before, "there")
+            lines.append(f"changed since {self.start.path}: {', '.join(changed) or 'nothing'}")
+        return lines
+
+    def follow(self, batches: Iterable[Any], total: int, what: str, batch_size: int, scaler: Any
+               ) -> Iterator[Any]:
+        """Yield the batches, and say from time to time how many were done.
+
+        scaler: an accumulation.Scaler, or None where nothing is trained.
+        """
+        def details() -> str:
+            text = f", loss {scaler.last_loss.item():.4f}" if scaler else ""
+            if self.args.device == "cuda":
+                text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
+            return text
+
+        return follow(batches, total, what, batch_size * self.args.world_size, self.say, details)
+
+    def say_epoch(self, row: Dict[str, float], best: float) -> None:
+        """Say what an epoch came to, and how long the run still takes. row: of log.txt."""
+        done, epochs = row["epoch"] + 1, self.args.epochs
+        tested = ""
+        if "test_acc1" in row:
+            tested = f"{self.in_words(row, 'test_')} (best accuracy {best:.2f} %); "
+        elapsed = time.monotonic() - self.began
+        to_go = duration(elapsed / (done - self.start.epoch) * (epochs - done))
+        so_far = duration(self.seconds_before + elapsed)
+        self.say(f"Epoch {done} of {epochs}: loss {row['train_loss']:.4f}, learning rate "
+                 f"{row['train_lr']:.3g}; {tested}{so_far} so far, about {to_go} to go")
+
+    def in_words(self, stats: Dict[str, float], prefix: str = "") -> str:
+        """The accuracies and the loss of an evaluation."""
+        names = ("acc1", "acc5", "acc_per_class", "loss")
+        return (kind_of_accuracy(self.args) + " {:.2f} %, top-5 {:.2f} %, mean per class {:.2f} %, "
+                "loss {:.4f}".format(*(stats[prefix + name] for name in names)))
