@@ -49,6 +49,7 @@ class LoggedRun:
         self.data_set = str(self.settings.get("data_set", "-"))
         self.held_out = bool(self.settings.get("hold_out"))
         self.published = None if self.held_out else PUBLISHED.get(self.data_set)
+        self.is_of_recipe = bool(self.published and self.has_facts and not self.differs)
         self.planned = self.settings.get("epochs", "-")
         self.done = self.rows[-1]["epoch"] + 1 if self.rows else 0
         accuracies = self.curve("test_acc1")[1]
@@ -64,7 +65,7 @@ class LoggedRun:
         """The run's row of the table: a text for each of COLUMNS."""
         seconds = sum(self.curve("train_seconds")[1])
         per_class = self.curve("test_acc_per_class")[1] or [None]
-        compared = self.published and self.has_facts and not self.differs and self.finished
+        compared = self.is_of_recipe and self.finished
         return [self.name, self.data_set + (", held-out" if self.held_out else ""),
                 f"{self.done} of {self.planned}", number(self.best), number(self.last),
                 number(per_class[-1]), number(self.published, ".1f"),
@@ -172,12 +173,13 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
     warnings.simplefilter("ignore")  # characters without a glyph
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     data_sets = list(dict.fromkeys(run.data_set for run in runs))
     rows = range(len(data_sets) * len(PANELS))
     left = [data_sets[row // len(PANELS)] for row in rows]
     right = [list(PANELS)[row // len(data_sets)] for row in rows]
-    with style.context(["tableau-colorblind10", STYLE], after_reset=True):
+    with style.context(STYLE, after_reset=True):
         figure = Figure()
         panels = figure.subplot_mosaic(
             [[f"accuracy {one}", other] for one, other in zip(left, right)],
@@ -192,13 +194,12 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
             kind = "Held-out" if all(run.held_out for run in runs) else "Test"
             panel.set(title=PANELS.get(key, escape(f"{kind} accuracy on {data_set}, %")),
                       xlabel="epoch")
-            panel.locator_params(axis="x", integer=True)
-        for run in {run.data_set: run for run in runs if run.published}.values():
-            panels[f"accuracy {run.data_set}"].axhline(run.published, color="#555555",
-                                                       linestyle="--")
-        handles = panels[right[0]].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=2,
-                      title="dashed: published by MoCo v3's authors")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        comparable = {run.data_set: run.published for run in runs if run.is_of_recipe}
+        for data_set, accuracy in comparable.items():
+            panels[f"accuracy {data_set}"].axhline(accuracy, color="#555555", linestyle="--")
+        figure.legend(*panels[right[0]].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=2, title="dashed: published by MoCo v3's authors" * bool(comparable))
         figure.savefig(str(path))
 
 
