@@ -5,7 +5,6 @@ DEIT_DIR names the DeiT to train with; without it, the miniature is used.
 """
 import os
 import platform
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -17,10 +16,10 @@ from pathlib import Path
 import timm
 import torch
 
-import conftest
 import generate
+import launches
 
-TESTS = conftest.ROOT / "tests"
+TESTS = launches.TESTS
 AS_PUBLISHED = """
 import sys, torch
 state = torch.load(sys.argv[1], map_location="cpu", weights_only=False)["state_dict"]
@@ -33,7 +32,7 @@ FLOOR = "import shutil, sys, torch; shutil.copyfile(sys.argv[1], sys.argv[2])"
 
 
 def main():
-    deit = "the miniature DeiT" if conftest.REAL_DEIT is None else f"DeiT in {conftest.REAL_DEIT}"
+    deit = "the miniature DeiT" if launches.REAL_DEIT is None else f"DeiT in {launches.REAL_DEIT}"
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
           f"timm {timm.__version__}, {deit}\n\n"
           "| measured | published | here | published / here |\n| --- | --- | --- | --- |")
@@ -71,7 +70,7 @@ def converter(folder):
     source, target, copied = folder / "moco-v3.pth.tar", folder / "out" / "pth", folder / "copied"
     subprocess.run([sys.executable, TESTS / "generate.py", "checkpoint", source, "--width", "768",
                     "--mlp-dim", "4096", "--dim", "256"], check=True)
-    convert = [sys.executable, conftest.ROOT / "convert_to_deit.py", "--input", source, "--output"]
+    convert = [sys.executable, launches.ROOT / "convert_to_deit.py", "--input", source, "--output"]
     subprocess.run([*convert, copied], stdout=subprocess.DEVNULL, check=True)
     python = [sys.executable, "-c"]
     figures = measure({"here": [*convert, target],
@@ -88,16 +87,13 @@ def run(folder):
     """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
     generate.flowers(folder / "data", 16, train_per_class=2, test_per_class=12, size=(750, 500))
     torch.save({"model": generate.encoder_state()}, folder / "converted.pth")
-    os.environ.update(conftest.environment(processes=2))
-    ours = conftest.command(
+    os.environ.update(launches.environment(processes=2))
+    ours = launches.command(
         "flowers", "--model", "deit_tiny_patch16_224", "--input-size", "224", "--batch-size", "16",
         "--epochs", "20", "--resume", folder / "converted.pth", "--data-path", folder / "data",
         "--output_dir", folder / "out", "--num_workers", "10", "--eval-freq", "10",
         "--save-freq", "10")
-    complete = subprocess.run([*ours, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True)
-    theirs = [str(TESTS / "published.py") if word.endswith("/finetune.py") else word
-              for word in shlex.split(complete.stdout)]  # it ignores our flags
-    figures = measure({"published": theirs, "here": ours}, folder / "out")
+    figures = measure({"published": launches.as_published(ours), "here": ours}, folder / "out")
     line("a run shaped like Flowers: 20 epochs, 32 train and 192 test images",
          figures["published"][0], figures["here"][0], "s")
 

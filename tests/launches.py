@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -42,6 +43,17 @@ def command(recipe, *flags, scripts=SCRIPTS, small=True):
     words = ("bash", scripts / f"{recipe}.sh", "--device", "cpu", "--num_workers", "0", *short,
              *flags)
     return [str(part) for part in words]
+
+
+def as_published(words, script=(TESTS / "published.py",)):
+    """The complete command of a launch, with the published procedure in place of finetune.py.
+
+    Flags that DeiT does not have are ignored there.
+    """
+    complete = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
+                              env=environment()).stdout
+    return [str(part) for word in shlex.split(complete)
+            for part in (script if word.endswith("/finetune.py") else [word])]
 
 
 def launch(recipe, *flags, scripts=SCRIPTS, **variables):

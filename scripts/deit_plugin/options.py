@@ -83,7 +83,7 @@ def parse(main: Any, data_sets: Dict[str, Any], arguments: List[str]
         inherited = {name: its[name] for name in OF_EVALUATION if name in its}
         args = parser.parse_args(yours, argparse.Namespace(**{**base, **inherited}))
         args.hold_out *= not args.test_split  # test/ has no held-out part
-    for name in ("resume", "output_dir", "data_path"):
+    for name in ("resume", "output_dir", "data_path", "predictions"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.rank = int(os.environ.get("RANK") or 0)  # as DeiT's main does later
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)

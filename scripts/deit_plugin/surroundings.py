@@ -1,14 +1,16 @@
 """What the shell, the cluster or an earlier launch leave for a launch to find."""
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
 import signal
 import tempfile
+from typing import Iterator
 
 # Longest path of a temporary folder. Data workers open sockets below it, whose paths have at most
-# 107 characters (unix(7)), of which Python's own names take about 35 and the launcher's 25.
-LONGEST_TEMPORARY_FOLDER = 45
+# 107 characters (unix(7)), of which Python's own names take about 35 and the launcher's 18.
+LONGEST_TEMPORARY_FOLDER = 50
 
 
 def keep_ignored_signals() -> None:
@@ -36,15 +38,17 @@ def forget_torchrun_variables() -> None:
 
 
 @contextlib.contextmanager
-def temporary_folder():
+def temporary_folder() -> Iterator[str]:
     """A folder for all temporary files of a launch; those of launches that were killed are removed.
 
-    Its name has the number of the process that made it.
+    A lock, which ends with its process, tells whether a launch still uses its folder.
     """
-    for folder in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*-*")):
-        owner = os.path.basename(folder).split("-")[1]
-        if not os.path.exists(f"/proc/{owner}"):
-            shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"finetune-{os.getpid()}-") as folder:
+    for path in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*", "lock")):
+        with contextlib.suppress(OSError), open(path) as lock:  # it is in use, or not ours
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, \
+            open(os.path.join(folder, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         os.environ["TMPDIR"] = folder
         yield folder
