@@ -135,7 +135,8 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        error.filename = path
+        if error.filename in (None, aside):
+            error.filename = path
         raise
     finally:
         with contextlib.suppress(OSError):  # it is gone once renamed

@@ -186,10 +186,14 @@ HIDDEN = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "Thumb
 def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
     """The paths of all images below a folder, in torchvision's order; the other files' endings.
 
-    Hidden files and folders do not count. Symbolic links are followed.
+    Hidden files and folders do not count. Symbolic links are followed. Raises OSError for a folder
+    that cannot be read.
     """
+    def refuse(error: OSError) -> None:
+        raise error
+
     walked, images, left_out = [], [], Counter()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = filter(_is_visible, folders)
         walked.append((where, sorted(filter(_is_visible, files))))
     for where, files in sorted(walked):
@@ -401,7 +405,7 @@ def _download(row: DataSet, root: str, split: str) -> None:
         except ValueError:  # a file that is there is wrong
             raise
         except Exception as error:  # urllib and tarfile raise almost anything
-            if os.listdir(root) == [LOCK]:  # leave nothing behind
+            if os.path.isdir(root) and os.listdir(root) == [LOCK]:  # leave nothing behind
                 shutil.rmtree(root, ignore_errors=True)
             raise OSError(f"cannot download {row.url}: {error}; launch again, or first put "
                           f"{', '.join(row.md5)} into {root} by hand") from error

@@ -14,7 +14,7 @@ from typing import Any, Dict, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from deit_plugin import checkout, errors, versions  # noqa: E402
+from deit_plugin import errors, versions  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +28,6 @@ def main() -> None:
                         help="load a checkpoint that contains more than tensors and plain values; "
                              "this runs the code in it")
     args = parser.parse_args()
-    checkout.prefer_our_modules()
     versions.silence_known_warnings()
     import timm
 
@@ -62,13 +61,15 @@ def timm_model(settings: Dict[str, Any]) -> Tuple[str, Dict[str, Any]]:
     """timm's name and arguments for the model of a run. Raises UserError if timm has none."""
     from timm.models import is_model, model_entrypoint
 
+    from deit_plugin import weights
+
     name, size, arguments = settings["model"], settings["input_size"], {}
     if name == "moco_v3_vit_small_patch16_224":
         name, arguments = "vit_small_patch16_224", {"num_heads": 12}
     elif not is_model(name) or not model_entrypoint(name).__module__.startswith("timm."):
         raise errors.UserError(f"--model {name} is DeiT's own, so timm could not load the export: "
                                "use the checkpoint with scripts/predict.py")
-    if size != 224 and not name.endswith(f"_{size}"):
+    if size != weights.implied_input_size(name):
         arguments["img_size"] = size
     return name, arguments
 
@@ -78,8 +79,11 @@ def preprocessing(finished: Any) -> Dict[str, Any]:
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     size, resize = finished.settings["input_size"], finished.transform.transforms[0]
+    if not hasattr(resize, "interpolation"):
+        raise errors.UserError(f"--input-size {size} on ImageNet is not resized, which timm cannot "
+                               "express: use the checkpoint with scripts/predict.py")
     crop = size / resize.size
-    if math.floor(size / crop) != resize.size:  # timm computes the size to resize to like this
+    if math.floor(size / crop) != resize.size:  # timm resizes to this size
         crop = size / (resize.size + 0.5)
     return {"input_size": (3, size, size), "crop_pct": crop, "crop_mode": "center",
             "interpolation": resize.interpolation.value, "mean": IMAGENET_DEFAULT_MEAN,

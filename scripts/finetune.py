@@ -9,9 +9,12 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from deit_plugin import checkout, errors, surroundings  # noqa: E402
 
 
-def be_one_of_one() -> None:
-    """Without a launcher, as in a debugger, be a process group of one, as with a launcher."""
-    if not os.environ.get("RANK"):
+def stand_in_for_launcher() -> None:
+    """Set the variables that a launcher would set for one process, as for a debugger.
+
+    Under --check, WORLD_SIZE tells the number of processes of the launch to come.
+    """
+    if not os.environ.get("RANK") and "--check" not in sys.argv:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -23,6 +26,7 @@ def main() -> None:
     """Fine-tune, with DeiT's flags and ours on the command line."""
     errors.die_with_launcher()
     surroundings.use_short_temporary_folder()
+    stand_in_for_launcher()
     deit = checkout.import_main()
     import datasets  # ours, as import_main has made sure
     from deit_plugin import check, cpu, data, gpus, options, output
@@ -33,8 +37,7 @@ def main() -> None:
         cpu.patch(deit)
     if plan.check:
         sys.exit(check.check(deit, args, plan))
-    gpus.check(args.device, int(os.environ.get("NPROC_PER_NODE") or 1))
-    be_one_of_one()
+    gpus.describe(args.device, int(os.environ.get("NPROC_PER_NODE") or 1))
     folder = output.RunFolder(args.output_dir)
     if not args.eval:
         folder.check()

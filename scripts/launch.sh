@@ -58,16 +58,17 @@ start=("${single_process[@]}" "$here/deit_plugin/launcher.py" --nproc_per_node "
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 run=("$here/finetune.py" --model deit_base_patch16_224 --batch-size 128)
 
+dry_run=
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;
         --all-flags) start=("${single_process[@]}"); run=("$here/finetune.py" --help); break ;;
         --dry-run) dry_run=yes ;;
-        --check) start=("${single_process[@]}"); run+=(--check) ;; # it looks ahead to WORLD_SIZE
+        --check) start=("${single_process[@]}"); run+=(--check) ;; # for WORLD_SIZE processes
         *) run+=("$argument") ;;
     esac
 done
-if [[ -n ${dry_run:-} ]]; then
+if [[ -n $dry_run ]]; then
     printf '%q ' "${start[@]}" "${run[@]}"
     echo
     exit 0

@@ -12,7 +12,7 @@ from typing import Any, Iterator, List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from deit_plugin import checkout, errors, versions  # noqa: E402
+from deit_plugin import errors, versions  # noqa: E402
 
 
 def main() -> None:
@@ -20,7 +20,6 @@ def main() -> None:
     args = parse()
     if hasattr(signal, "SIGPIPE"):  # not on Windows; otherwise `| head` ends in a traceback
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    checkout.prefer_our_modules()
     versions.silence_known_warnings()
     import torch
 
@@ -67,7 +66,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     for name, least in (("top", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: must be {least} or more")
+            flag = name if name == "num_workers" else name.replace("_", "-")
+            parser.error(f"--{flag} {getattr(args, name)}: must be {least} or more")
     return args
 
 
@@ -93,7 +93,7 @@ def find_images(paths: List[str]) -> List[str]:
 
 def batches(paths: List[str], finished: Any, args: argparse.Namespace
             ) -> Iterator[Tuple[List[str], Any, List[str]]]:
-    """For each batch: paths and images (B, 3, H, W), and what is wrong with those not readable.
+    """For each batch: paths and images (B, 3, H, W), and an error message for each other image.
 
     finished: a weights.Finished.
     """

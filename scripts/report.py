@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What fine-tuning runs came to, whether finished, running or crashed: one table and one picture.
+"""Summarise fine-tuning runs, whether finished, running or crashed: one table and one picture.
 
     python scripts/report.py out
 
@@ -42,14 +42,14 @@ class LoggedRun:
         about = parse(facts.read_bytes()) if facts.is_file() else {}
         self.has_facts = isinstance(about.get("settings"), dict)  # plain DeiT writes no run.json
         self.settings = about["settings"] if self.has_facts else {}
-        differs, weights = about.get("differs"), about.get("pretrained")
-        self.differs = [str(text) for text in differs] if isinstance(differs, list) else []
+        differs, weights = about.get("differs"), about.get("origin")
+        self.differs = [str(text) for text in differs] if isinstance(differs, list) else None
         self.weights = weights if isinstance(weights, dict) else {}
 
         self.data_set = str(self.settings.get("data_set", "-"))
         self.held_out = bool(self.settings.get("hold_out"))
         self.published = None if self.held_out else PUBLISHED.get(self.data_set)
-        self.is_of_recipe = bool(self.published and self.has_facts and not self.differs)
+        self.is_of_recipe = bool(self.published) and self.differs == []
         self.planned = self.settings.get("epochs", "-")
         self.done = self.rows[-1]["epoch"] + 1 if self.rows else 0
         accuracies = self.curve("test_acc1")[1]
@@ -74,8 +74,9 @@ class LoggedRun:
 
     def setting(self, name: str) -> Optional[str]:
         """A setting as text, or None if the run's DeiT does not have it."""
-        if name == "--resume":
-            return "{} ({})".format(self.weights.get("file"), self.weights.get("crc32"))
+        if name == "--resume" and self.weights:
+            path, checksum = (str(self.weights.get(name)) for name in ("path", "crc32"))
+            return f"{os.path.basename(path)} ({checksum})"
         return str(self.settings[name]) if name in self.settings else None
 
 
@@ -111,11 +112,13 @@ def find_runs(folders: Iterable[Path]) -> Tuple[List[LoggedRun], List[str]]:
 
 def varying_settings(runs: List[LoggedRun]) -> List[str]:
     """Names of settings that differ between runs on the same data set."""
+    def differ(one: LoggedRun, other: LoggedRun, name: str) -> bool:
+        values = one.setting(name), other.setting(name)
+        return one.data_set == other.data_set and None not in values and values[0] != values[1]
+
     names = dict.fromkeys(["--resume"] + [name for run in runs for name in run.settings])
-    pairs = [(one, other) for one in runs for other in runs
-             if one.data_set == other.data_set and one.has_facts and other.has_facts]
-    return [name for name in names if name not in ("data_set", "epochs") and any(
-        None is not one.setting(name) != other.setting(name) is not None for one, other in pairs)]
+    return [name for name in names if name not in ("data_set", "epochs")
+            and any(differ(one, other, name) for one in runs for other in runs)]
 
 
 def table(runs: List[LoggedRun]) -> str:
@@ -158,8 +161,8 @@ def differences(runs: List[LoggedRun]) -> List[str]:
     """What differs from the published recipe, where there is one."""
     lines = []
     for run in runs:
-        if run.published and not run.has_facts:
-            lines.append(f"{run.name}: no run.json")
+        if run.published and run.differs is None:
+            lines.append(f"{run.name}: not compared, since no recipe launched it")
         elif run.published and run.differs:
             more = f" and {len(run.differs) - 5} more" if len(run.differs) > 5 else ""
             lines.append(f"{run.name}: differs from the published recipe: "
@@ -222,7 +225,7 @@ def default_path(runs: List[LoggedRun]) -> Path:
 def main() -> None:
     """Print the table and its notes, then draw."""
     parser = argparse.ArgumentParser(
-        description="What fine-tuning runs came to: a table and a picture.")
+        description="Summarise fine-tuning runs: a table and a picture.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
                         help="--output_dir of a run, or a folder with runs below it")
     parser.add_argument("--output", type=Path, metavar="FILE",

@@ -33,7 +33,7 @@ scripts=${submitted%%/slurm.sh*}
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NNODES=$SLURM_NNODES MASTER_ADDR=${nodes%%$'\n'*}
-export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not collide
+export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share their first node do not collide
 export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 trap requeue USR1 # before the time limit: see --signal above
 # From Slurm 22.05 on, srun does not take over the job's --cpus-per-task.

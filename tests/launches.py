@@ -98,8 +98,8 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, 
     per_node, world_size, *words = shown.stdout.split("\0")[:-1]
     start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
     by_hand = by_hand or "--nnodes" not in words[:start]  # as --check and --all-flags
-    variables = {**environment(processes, **variables), "NPROC_PER_NODE": per_node,
-                 "WORLD_SIZE": world_size}
+    variables = {"WORLD_SIZE": world_size, **environment(processes, **variables),
+                 "NPROC_PER_NODE": per_node}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port)} for port in [free_port()] for rank in range(processes)]
     return fork_script(script or words[start], *words[start + 1:], variables=variables,

@@ -65,7 +65,8 @@ def test_a_wrong_gradient_would_be_found(tuned):
 
 
 def test_without_a_launcher(tuned):
-    assert_same(tuned(ERAS[-1], 1, 4, by_hand=True), tuned(ERAS[-1], 4, 1))
+    """And with a variable that something else has left."""
+    assert_same(tuned(ERAS[-1], 1, 4, by_hand=True, WORLD_SIZE="8"), tuned(ERAS[-1], 4, 1))
 
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])

@@ -30,7 +30,7 @@ def make_run(folder, log=None, differs=(), best=90.0, last=89.5, **settings):
     (folder / "log.txt").write_text(finished if log is None else log)
     (folder / "run.json").write_text(json.dumps({
         "settings": {"data_set": "pets", "epochs": 4, "seed": 0, "hold_out": 0.0, **settings},
-        "differs": differs, "pretrained": {"file": "a.pth", "crc32": "0"}}))
+        "differs": differs, "origin": {"path": "/a.pth", "crc32": "0"}}))
     return folder
 
 
@@ -70,6 +70,7 @@ def test_table_without_torch_and_matplotlib(tmp_path):
      "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "(published: 100), a, b, c, d and 2 more"),
     ({"data_set": "folder", "differs": ["--data-set folder"]},
      "folder 4 of 4 90.00 89.50 88.00 - - 0:04:00", ""),
+    ({"differs": None}, "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "no recipe"),
     ({"hold_out": 0.2}, "pets, held-out 4 of 4 90.00 89.50 88.00 - - 0:04:00", ""),
     ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 - 93.2 - 0:01:00", ""),
     ({"log": epoch_line(0, 80.0) + "\0\0\n[1]\n{}\n" + epoch_line(1, 70.0)[:30]},
@@ -78,13 +79,13 @@ def test_table_without_torch_and_matplotlib(tmp_path):
      "pets 1 of 4 - - - 93.2 - -", ""),
     ({"log": epoch_line(0)}, "pets 1 of 4 - - - 93.2 - 0:01:00", ""),
     ({"log": ""}, "pets 0 of 4 - - - 93.2 - -", ""),
-], ids=["other settings", "own images", "held out", "unfinished", "damaged", "not ours",
-        "not evaluated", "empty"])
+], ids=["other settings", "own images", "no recipe", "held out", "unfinished", "damaged",
+        "not ours", "not evaluated", "empty"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):
     make_run(tmp_path / "one", **options)
     done = report("one", cwd=tmp_path)
     assert row_of(done, "one") == row.split() and note in done.stdout
-    assert ("differs from" in done.stdout) == bool(note)
+    assert ("differs from" in done.stdout) == bool(options.get("differs") and "(" in note)
 
 
 @pytest.mark.parametrize("facts", ["", "[]", "{", '{"settings": 3, "differs": 4}', "[" * 100000])

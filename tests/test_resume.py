@@ -102,7 +102,10 @@ def test_more_epochs_follow_their_own_schedule(flags, tmp_path):
             "--resume", parent / "checkpoint.pth"]
     killed = fork("pets", *more, before=after_saving(kill_itself))
     assert f"changed since {parent}/checkpoint.pth: --epochs 6 (there: 4)" in killed.stdout
+    parent.rename(tmp_path / "moved")
+    more[more.index(parent / "checkpoint.pth")] = tmp_path / "moved" / "checkpoint.pth"
     train("pets", *more)
+    (tmp_path / "moved").rename(parent)
     assert rates_of(child)[:4] == rates_of(parent)
     train("pets", *flags, "--epochs", "6", "--warmup-epochs", "1", "--lr", "0.01", "--output_dir",
           tmp_path / "six")
@@ -110,7 +113,7 @@ def test_more_epochs_follow_their_own_schedule(flags, tmp_path):
     assert_rates(tmp_path / "six", 6, 1, 0.01 * 8 / 512)
     assert [row["epoch"] for row in log_of(child)] == list(range(6))
     facts = json.loads((child / "run.json").read_text())
-    assert facts["parent"] == str(parent / "checkpoint.pth") and len(facts["launches"]) == 2
+    assert facts["parent"]["path"] == str(parent / "checkpoint.pth") and len(facts["launches"]) == 2
     assert saved(child / "best_checkpoint.pth")["epoch"] < 4 or max(
         row["test_acc1"] for row in log_of(child)) > best
 
@@ -132,7 +135,7 @@ def test_moved_weights_are_the_same_and_other_weights_are_not(checkpoint, flags,
     train("pets", *flags)
     assert "nothing left" in train("pets", *flags, "--resume", moved).stdout
     line = error_of(fork("pets", *flags, "--resume", other))
-    assert f"--resume {checkpoint.name}" in line and "checksum" in line
+    assert f"--resume {other}" in line and "checksum" in line and str(checkpoint) in line
     os.remove(moved)
     assert "nothing left" in train("pets", *flags, "--resume", moved).stdout
 
@@ -143,6 +146,6 @@ def test_run_json_says_what_was_run(flags, checkpoint, tmp_path):
     launch = facts["launches"][0]
     assert launch["versions"]["torch"] == torch.__version__ and launch["processes"] == 2
     assert launch["started"] <= launch["ended"] and str(checkpoint) in launch["command"]
-    assert facts["pretrained"]["file"] == checkpoint.name and len(launch["machines"]) == 1
+    assert facts["origin"]["path"] == str(checkpoint) and len(launch["machines"]) == 1
     assert set(launch["bundle"]) == {"folder", "commit", "modified"}
     train("pets", *flags, "--overwrite", PATH="/bin")  # without git, perhaps

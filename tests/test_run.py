@@ -39,7 +39,7 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     done = train("pets", *flags, "--weight-decay", "0.2")
     assert done.stdout.count("; test accuracy") == 2  # said once for each evaluation
     assert "Accuracy of the network" not in done.stdout and "Namespace" not in done.stdout
-    assert "8 = 1 process x 8 images" in done.stdout and "--accum-iter 128" in done.stdout
+    assert "8 = 1 process x 8 images" in done.stdout
     assert re.findall(r"Epoch (\d) of 2: .* to go", done.stdout) == ["1", "2"]
     *_, best, report = done.stdout.splitlines()
     assert "Best" in best and str(folder / "best_checkpoint.pth") in best
@@ -96,18 +96,27 @@ def test_evaluation_counts_every_image_once(processes, data, tuned, tmp_path):
     assert f"loss {row['test_loss']:.4f}" in done.stdout and "21 images" in done.stdout
 
 
-def test_a_run_continues_elsewhere_from_its_checkpoint(data, tuned, tmp_path):
+def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(data, tuned, tmp_path):
     """As with DeiT: --resume names a run's checkpoint, --output_dir another folder."""
-    flags = ["--data-path", data / "pets", "--output_dir", tmp_path, "--epochs", "2",
+    flags = ["--data-path", data / "pets", "--output_dir", tmp_path / "run", "--epochs", "2",
              "--lr", "1e-1", "--warmup-epochs", "0"]
-    few = fork("pets", *flags, "--resume", tuned / "checkpoint.pth", "--epochs", "1")
+    own = tuned / "checkpoint.pth"
+    few = fork("pets", *flags, "--resume", own, "--epochs", "1")
     assert "pass more --epochs" in error_of(few)
-    other = fork("pets", *flags, "--resume", tuned / "checkpoint.pth", "--weight-decay", "0.3")
-    assert "--weight-decay 0.3 (there: 0.1)" in error_of(other)
-    assert not (tmp_path / "log.txt").exists()
-    done = train("pets", *flags, "--resume", tuned / "checkpoint.pth")
-    assert "epoch 2 of 2 comes next" in done.stdout
-    assert [row["epoch"] for row in log_of(tmp_path)] == [0, 1]
+    plain = saved(own)
+    del plain["settings"], plain["origin"]
+    torch.save(plain, tmp_path / "deit.pth")  # as plain DeiT's, but for the type of "args"
+    for path in (own, tmp_path / "deit.pth"):
+        other = fork("pets", *flags, "--resume", path, "--weight-decay", "0.3")
+        assert "--weight-decay 0.3 (there: 0.1)" in error_of(other)
+    held = fork("pets", *flags, "--resume", own, "--hold-out", "0.2")
+    assert "--hold-out 0.2 (there: 0.0)" in error_of(held)
+    groups = saved(own)
+    groups["optimizer"]["param_groups"] = groups["optimizer"]["param_groups"][:1]
+    torch.save(groups, tmp_path / "other_commit.pth")
+    assert "another DeiT commit" in error_of(
+        fork("pets", *flags, "--resume", tmp_path / "other_commit.pth"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_own_images_train_and_evaluate(data, flags, tmp_path):

@@ -119,20 +119,17 @@ def test_ctrl_c_says_where_the_run_stands(save_freq, says, flags, tmp_path):
 
 
 def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path):
-    temporary = tmp_path / "t"
-    temporary.mkdir()
-    options = {"TMPDIR": temporary} if len(str(temporary)) <= 50 else {}
-    folder = temporary if options else tempfile.gettempdir()
-    before = set(os.listdir(folder))
-    with running("pets", *flags, "--epochs", "500", **options) as run:
-        wait_for_epochs(tmp_path / "run")
-        own = {name for name in os.listdir(folder) if name.startswith("finetune-")} - before
-        launch("pets", *flags, "--epochs", "0", **options)
-        assert len(own) == 1 and own <= set(os.listdir(folder))  # it is in use
-        kill_all(run, tmp_path)
-    assert own <= set(os.listdir(folder))
-    launch("pets", *flags, "--epochs", "0", **options)
-    assert not own & set(os.listdir(folder))
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path
+        os.mkdir(f"{folder}/finetune-results")  # somebody's
+        with running("pets", *flags, "--epochs", "500", TMPDIR=folder) as run:
+            wait_for_epochs(tmp_path / "run")
+            own = set(os.listdir(folder)) - {"finetune-results"}
+            launch("pets", *flags, "--epochs", "0", TMPDIR=folder)
+            assert len(own) == 1 and own < set(os.listdir(folder))  # it is in use
+            kill_all(run, tmp_path)
+        assert own < set(os.listdir(folder))
+        launch("pets", *flags, "--epochs", "0", TMPDIR=folder)
+        assert os.listdir(folder) == ["finetune-results"]
 
 
 def test_a_refused_launch_leaves_nothing(flags, tmp_path):

@@ -36,7 +36,7 @@ def check(main: ModuleType, args: Namespace, plan: Plan) -> int:
         print(f"{ok}{what}: {text}", flush=True)
         return value
 
-    ask("GPUs", gpus.check, args.device, int(os.environ.get("NPROC_PER_NODE") or 1), False)
+    ask("GPUs", gpus.describe, args.device, int(os.environ.get("NPROC_PER_NODE") or 1), False)
     if args.output_dir and not args.eval:
         ask("output", folder.check)
     start = ask("start", _find_start, args, plan)
@@ -80,7 +80,7 @@ def fetch_a_batch(images: Any, args: Namespace) -> str:
     loader = DataLoader(images, args.batch_size, num_workers=min(args.num_workers, 1))
     try:
         next(iter(loaders.evaluation(loader, args)))
-    except OSError:  # the image is named by the next check
+    except OSError:  # the next check names the image
         return "not checked: an image cannot be read"
     return "hands over a batch"
 
@@ -96,7 +96,7 @@ def decode(splits: Dict[str, Any], num_workers: int) -> str:
         found = follow(pool.imap(_why_broken, items, chunksize=16), len(items), "image", 1, print)
         broken = list(filter(None, found))
     if broken:
-        heading = f"{len(broken)} of {len(items)} cannot be decoded; 20 at most are named:"
+        heading = f"{len(broken)} of {len(items)} cannot be decoded; the first 20:"
         raise UserError("\n           ".join([heading, *broken[:20]]))
     return f"all {len(items)} can be decoded"
 
@@ -112,19 +112,19 @@ def _why_broken(item: Tuple[Any, int]) -> Optional[str]:
 
 
 def images_per_class(images: data.Data) -> str:
-    """The smallest and the largest class of the train images; those with fewer than two."""
+    """Describe the smallest and the largest class, and name classes with fewer than two images."""
     numbers = numpy.bincount(images.train.targets, minlength=len(images.classes))
     few = [name for name, number in zip(images.classes, numbers) if number < 2]
     least, most = numbers.argmin(), numbers.argmax()
-    text = (f"{numbers[least]} ({images.classes[least]}) to {numbers[most]} "
-            f"({images.classes[most]}) train images per class")
+    text = (f"class {images.classes[least]} has {numbers[least]} train images, class "
+            f"{images.classes[most]} has {numbers[most]}")
     return f"warning: {text}; fewer than two: {first_five(few)}" if few else text
 
 
 def duplicates(images: data.Data, args: Namespace) -> str:
-    """Whether images to evaluate on are also train images, with equal bytes."""
+    """Describe which images to evaluate on are also train images, with equal bytes."""
     if not hasattr(images.test, "samples") or not hasattr(images.train, "samples"):
-        return "not checked: only for files of images"
+        return "not checked: this data set does not store one file per image"
     train, test = ([path for path, _ in split.samples] for split in (images.train, images.test))
     common = set(map(os.path.getsize, train)) & set(map(os.path.getsize, test))
     of_train = {_digest(path): path for path in train if os.path.getsize(path) in common}

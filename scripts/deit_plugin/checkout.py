@@ -15,11 +15,6 @@ def deit_folder() -> Path:
     return Path(os.environ.get("DEIT_DIR") or BUNDLE).expanduser().resolve()
 
 
-def prefer_our_modules() -> None:
-    """Have our ``datasets`` found before any other module or package of that name."""
-    sys.path.insert(0, str(BUNDLE))
-
-
 def _require_modules_of(folder: Path) -> None:
     """Raise UserError if a module of DeiT's was imported from elsewhere."""
     for path in folder.glob("*.py"):
@@ -36,11 +31,10 @@ def import_main() -> ModuleType:
     """
     folder, named = deit_folder(), os.environ.get("DEIT_DIR", "")
     if not all((folder / name).is_file() for name in ("main.py", "engine.py", "utils.py")):
-        raise UserError(f"DEIT_DIR={named or '(not set)'}: {folder} is no DeiT checkout, with "
-                        "main.py, engine.py and utils.py: git clone "
+        raise UserError(f"DEIT_DIR={named or '(not set)'}: {folder} is not a DeiT checkout, since "
+                        "main.py, engine.py or utils.py is missing; type git clone "
                         "https://github.com/facebookresearch/deit && export DEIT_DIR=$PWD/deit")
     versions.silence_known_warnings()
-    prefer_our_modules()
     try:
         versions.restore_pil_interp()
         versions.restore_posterize()
@@ -50,7 +44,7 @@ def import_main() -> ModuleType:
         import convert_to_deit  # noqa: F401 (so that a missing copy is reported here)
         from datasets import DATA_SETS  # noqa: F401 (fails if it is DeiT's datasets.py)
 
-        # The bundle may lie beside a main.py or utils.py of others; DeiT's are to be imported.
+        # DeiT's folder goes first, since the bundle may lie beside another main.py or utils.py.
         sys.path.insert(0, str(folder))
         import main
 
@@ -60,8 +54,8 @@ def import_main() -> ModuleType:
     except Exception as error:  # versions that do not fit can raise anything
         raise UserError(f"cannot import DeiT from {folder} with the bundle in {BUNDLE}: "
                         f"{type(error).__name__}: {one_line(error)}; copy all files that README.md "
-                        f"names, datasets.py too, and type {sys.executable} -m pip install -r "
-                        "requirements.txt for versions that work; torch before 2.3 needs "
-                        "'numpy<2'") from error
+                        f"names, datasets.py too; for versions that work, type {sys.executable} -m "
+                        "pip install -r requirements.txt (torch before 2.3 needs 'numpy<2')"
+                        ) from error
     versions.skip_pretrained_cfg(main)
     return main

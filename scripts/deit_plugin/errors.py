@@ -30,6 +30,9 @@ def guard(run: Callable[[], None]) -> None:
         # A process blocked in a C++ collective never runs Python's signal handlers.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.excepthook = _ignore_lost_connections
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     try:
         run()
@@ -46,7 +49,7 @@ def guard(run: Callable[[], None]) -> None:
 
 
 class _Output:
-    """A stream that ends no run: after an error, as of `| head`, what is written is dropped."""
+    """Wraps a stream so that a closed pipe (`| head`) ends no run; later output is dropped."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -71,13 +74,13 @@ class _Output:
 
 
 def begin_data_worker(*_: Any) -> None:
-    """The worker_init_fn of every data loader: a worker never outlives its run, nor hangs it."""
+    """The worker_init_fn of every data loader: the worker ends with its run, and never hangs it."""
     die_with_parent()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_data_worker)
 
 
 def _end_data_worker(error: Exception, _: Any) -> None:
-    """Python would only print the error, and the run would wait for the images forever."""
+    """End the run: Python would only print the error, and the run would wait forever."""
     _fail(f"error: a data worker cannot hand over its images: {one_line(error)}; set TMPDIR to a "
           "short path with free space, or pass --num_workers 0", 1)
 
@@ -90,10 +93,10 @@ def write_status(text: str) -> None:
 
 
 def read_status() -> str:
-    """What write_status noted last."""
+    """What write_status noted last, or ""."""
     with contextlib.suppress(OSError):
         return Path(os.environ[STATUS]).read_text()
-    return "nothing saved yet"
+    return ""
 
 
 def die_with_parent() -> None:
@@ -107,7 +110,7 @@ def die_with_parent() -> None:
 
 
 def die_with_launcher() -> None:
-    """The same for a process of launcher.py, which may have ended already."""
+    """Have Linux kill this process when launcher.py ends, which may have happened already."""
     if LAUNCHER in os.environ:
         die_with_parent()
         if os.environ[LAUNCHER] != str(os.getppid()):
@@ -115,9 +118,9 @@ def die_with_launcher() -> None:
 
 
 def _ignore_lost_connections(failure: Any) -> None:
-    """Show a thread's traceback, unless a data worker that it served was killed.
+    """Show a thread's traceback, unless the data worker that it sent images to was killed.
 
-    The main thread notices that, too, and reports it.
+    The main thread also notices that, and reports it.
     """
     if not issubclass(failure.exc_type, (ConnectionError, EOFError)):
         sys.excepthook(failure.exc_type, failure.exc_value, failure.exc_traceback)
@@ -129,8 +132,9 @@ def one_line(error: BaseException) -> str:
 
 
 def _known_cause(error: Exception) -> Optional[str]:
-    """The line for errors that name their cause; None for all others."""
-    first, *_, last = (str(error).strip() or repr(error)).splitlines() * 2
+    """One line for an error that names its cause; None for any other error."""
+    lines = (str(error).strip() or repr(error)).splitlines()
+    first, last = lines[0], lines[-1]
     if isinstance(error, RuntimeError) and "out of memory" in first:
         return f"{first}: pass a smaller --batch-size, and --accum-iter to make up for it"
     is_of_worker = isinstance(error, RuntimeError) and "DataLoader worker" in last
@@ -139,7 +143,7 @@ def _known_cause(error: Exception) -> Optional[str]:
                 "--num_workers; in a container, enlarge /dev/shm")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full: {error.filename or last}: make room and launch again"
-    if isinstance(error, (OSError, FloatingPointError)):  # the loss's, see Run.train_one_epoch
+    if isinstance(error, (OSError, FloatingPointError)):  # the latter from Run.train_one_epoch
         return last.split("OSError: ")[-1]  # a data worker's comes with its whole traceback
     return None
 

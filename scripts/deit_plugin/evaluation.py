@@ -15,7 +15,7 @@ from .data import Data
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found, over all processes unless it says otherwise."""
+    """The results of an evaluation: ``predictions`` of this process, the rest of all processes."""
 
     stats: Dict[str, float]  # loss, and in percent acc1, acc5, acc_per_class
     correct: List[int]  # images per class that were classified correctly
@@ -33,7 +33,8 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch
     whole numbers and the loss is summed in float64, so the number of processes only changes how
     images are batched, which a GPU's rounding may depend on.
     """
-    model = getattr(model, "module", model)  # processes have unequal numbers of batches
+    # Without the DDP wrapper, since ranks can have unequal numbers of batches.
+    model = getattr(model, "module", model)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # top-5 hits, loss
     per_class = torch.zeros(2, classes, dtype=torch.float64, device=device)  # top-1 hits, images

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""torch's own launcher and its flags, without the page of tracebacks that follows a failure."""
+"""torch's own launcher and its flags, with one error line instead of its tracebacks."""
 import argparse
 import logging
 import os
@@ -31,14 +31,14 @@ def main() -> None:
 
 
 def check_gpus() -> None:
-    """Say that there are too few GPUs before any process has imported torch to find out."""
+    """Refuse to start the processes if there are too few GPUs, which each would find by itself."""
     from deit_plugin import gpus
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--nproc_per_node", type=int, default=1)
     args, _ = parser.parse_known_args()
-    gpus.check(args.device, args.nproc_per_node)
+    gpus.describe(args.device, args.nproc_per_node)
 
 
 def launch(folder: str) -> Optional[int]:
@@ -72,8 +72,14 @@ def launch(folder: str) -> Optional[int]:
 
 
 def interrupted(*_: Any) -> None:
-    """Say where the run stands, and exit. Its processes end with this one."""
-    sys.stderr.write(f"interrupted: {errors.read_status()}; the same command continues\n")
+    """Say how much of the run is saved, and exit. Its processes end with this one."""
+    text = errors.read_status() or "nothing saved yet"
+    if "--eval" in sys.argv:
+        text = "the evaluation is not finished"
+    elif "--node_rank" in sys.argv and sys.argv[sys.argv.index("--node_rank") + 1] != "0":
+        text = "the first machine saves the run"
+    without = " without --overwrite" if "--overwrite" in sys.argv else ""
+    sys.stderr.write(f"interrupted: {text}; the same command{without} continues\n")
     sys.exit(128 + signal.SIGINT)
 
 

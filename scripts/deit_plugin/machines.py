@@ -12,7 +12,7 @@ LONGEST = 2**16  # characters of what a process tells
 
 
 def gather(facts: Dict[str, Any], device: str) -> List[Dict[str, Any]]:
-    """The ``facts`` of every rank, which JSON can express."""
+    """Collect the ``facts`` of every rank, which must be serialisable as JSON."""
     text = json.dumps(facts).ljust(LONGEST).encode()
     # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
     own = torch.tensor([*text], device=device)

@@ -1,4 +1,4 @@
-"""What a run says."""
+"""Prints what a run is, how far it is, and what it found."""
 import time
 from argparse import Namespace
 from collections import Counter
@@ -12,20 +12,18 @@ from .data import Data, describe, evaluated_on, kind_of_accuracy
 from .options import Plan
 from .output import Start
 from .progress import duration, follow
-from .recipe import Recipe, describe_batch
-from .words import count, differing
+from .recipe import Comparison, describe_batch
+from .weights import HEAD
+from .words import BATCH, count, differing
 
 
 class Narrator:
-    """Says, once for all processes, what a run is, how far it is, and what it found."""
+    """Prints in rank 0, for all processes."""
 
-    def __init__(self, args: Namespace, plan: Plan, data: Data, recipe: Recipe, start: Start
-                 ) -> None:
-        self.args, self.plan, self.data, self.recipe = args, plan, data, recipe
-        self.start = start._replace(state={})  # its memory is freed when training begins
-        self.head_is_new = "head.weight" not in start.state["model"]
-        self.before = start.state.get("settings", {})
-        self.began = time.monotonic()
+    def __init__(self, args: Namespace, plan: Plan, data: Data, comparison: Comparison,
+                 start: Start) -> None:
+        self.args, self.plan, self.data, self.comparison = args, plan, data, comparison
+        self.start, self.began = start, time.monotonic()
         self.seconds_before = sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
                                   for row in start.rows)
 
@@ -34,25 +32,30 @@ class Narrator:
         if self.args.rank == 0:
             print(text, flush=True)
 
+    def begin(self) -> None:
+        """Describe the run, and start its clock."""
+        self.say(self.describe())
+        self.began = time.monotonic()
+
     def describe(self) -> str:
-        """What is trained from what and how, in lines."""
-        args, plan, start = self.args, self.plan, self.start.path
+        """What is trained from what and how, in lines. Reads the start's state."""
+        args, plan, origin = self.args, self.plan, self.start.path
         if self.start.epoch:
-            start += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        elif self.head_is_new:
-            start += " (the classifier head is new)"
-        size, rate = self.recipe.settings["effective batch size"], f"{args.lr:g}"
+            origin += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
+        elif HEAD[0] not in self.start.state["model"]:
+            origin += " (the classifier head is new)"
+        size, rate = self.comparison.settings[BATCH], f"{args.lr:g}"
         if not getattr(args, "unscale_lr", False):
             rate += f" x {size} / 512 = {args.lr * size / 512:g}"
         return "\n  ".join([
             f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",
-            f"start: {start}",
+            f"start: {origin}",
             f"output: {args.output_dir}",
-            f"effective batch size: {describe_batch(self.recipe, args, plan)}",
+            f"effective batch size: {describe_batch(self.comparison, args, plan)}",
             f"learning rate: {rate}",
             f"evaluation on {evaluated_on(self.data, args)} every "
             f"{count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
-            f"{count(plan.save_freq, 'epoch')}, both also after the last",
+            f"{count(plan.save_freq, 'epoch')} and when the accuracy is the best so far",
             *self._left_out(), *self._differences()])
 
     def _left_out(self) -> List[str]:
@@ -61,17 +64,18 @@ class Narrator:
 
     def _differences(self) -> List[str]:
         lines = []
-        if self.recipe.published:
+        if self.comparison.published:
             lines.append("settings that differ from the published recipe: "
-                         f"{', '.join(self.recipe.differs) or 'none'}")
-        if self.start.epoch and not self.start.continues:
-            changed = differing(self.recipe.settings, self.before, "there")
+                         f"{', '.join(self.comparison.differs) or 'none'}")
+        before = self.start.state.get("settings")
+        if before and self.start.epoch and not self.start.continues:
+            changed = differing(self.comparison.settings, before, "there")
             lines.append(f"changed since {self.start.path}: {', '.join(changed) or 'nothing'}")
         return lines
 
     def follow(self, batches: Iterable[Any], total: int, what: str, batch_size: int, scaler: Any
                ) -> Iterator[Any]:
-        """Yield the batches, and say from time to time how many were done.
+        """Yield the batches, and print a line from time to time.
 
         scaler: an accumulation.Scaler, or None where nothing is trained.
         """
@@ -84,7 +88,7 @@ class Narrator:
         return follow(batches, total, what, batch_size * self.args.world_size, self.say, details)
 
     def say_epoch(self, row: Dict[str, float], best: float) -> None:
-        """Say what an epoch came to, and how long the run still takes. row: of log.txt."""
+        """Print the results of an epoch, a row of log.txt, and how long the run still takes."""
         done, epochs = row["epoch"] + 1, self.args.epochs
         tested = ""
         if "test_acc1" in row:

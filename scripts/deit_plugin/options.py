@@ -1,4 +1,4 @@
-"""DeiT's command line with this bundle's flags, and what differs from the published recipe."""
+"""DeiT's command line with this bundle's flags."""
 import argparse
 import difflib
 import os
@@ -13,30 +13,34 @@ from .errors import UserError
 from .words import flag_of
 
 YOUR_FLAGS = "--your-flags"  # launch.sh puts it between the recipe's flags and the user's
-PUBLISHED_PROCESSES = 8  # MoCo v3's transfer/README.md
-# Flags that do not change what is learnt. All others that have an effect make up the settings.
+# Arguments that are not settings: they do not change what is learnt, or, like the batch size, they
+# count through the effective batch size.
 NOT_SETTINGS = {
     "output_dir", "data_path", "resume", "device", "num_workers", "pin_mem", "dist_url", "rank",
     "world_size", "start_epoch", "batch_size", "eval", "download", "test_split"}
-# Of these, a machine may have other values than the other machines of its run.
+# Arguments that may differ between the machines of a run.
 OF_ONE_MACHINE = {"output_dir", "data_path", "num_workers", "pin_mem", "dist_url", "rank"}
+# Arguments that --eval takes from the checkpoint, unless the user gives them.
+OF_EVALUATION = ("model", "input_size", "data_set", "hold_out", "eval_crop_ratio")
+# Arguments that only some data sets read; their rows in datasets.py name them.
+OF_SOME_DATA_SETS = {"aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split"}
 
 LARGEST, FINITE = 2**31 - 1, 1e38  # NumPy's seeds end at 2**32 - 1, float32 at 3e38
 RANGES = {  # lowest and highest number that DeiT, timm and torch can work with
-    (1, LARGEST): ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq"),
+    (1, LARGEST): ("epochs", "batch_size", "accum_iter", "eval_freq", "save_freq", "decay_epochs"),
     (16, LARGEST): ("input_size",),
     (0, LARGEST): ("num_workers", "seed"),
     (0, FINITE): ("lr", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix"),
     (0, 1): ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob",
-             "model_ema_decay", "hold_out"),
+             "model_ema_decay", "decay_rate"),
+    (0, 0.99): ("hold_out",),
+    (0.1, 1): ("eval_crop_ratio",),
 }
-OF_EVALUATION = ("model", "input_size", "data_set", "hold_out", "eval_crop_ratio")
 
 
 class Plan(NamedTuple):
     """What this bundle adds to DeiT's args. Nothing changes it after ``parse``."""
 
-    pretrained: str  # path of the checkpoint given by --resume; DeiT does not get to see it
     accum_iter: int  # batches per process for one optimizer step
     eval_freq: int  # epochs between evaluations
     save_freq: int  # epochs between writes of checkpoint.pth
@@ -45,17 +49,20 @@ class Plan(NamedTuple):
     verbose: bool  # also print DeiT's own lines
     predictions: str  # path of the CSV file that --eval writes, or ""
     trust: bool  # load checkpoints that can run code
-    command: str  # as typed
-    settings: Dict[str, Any]  # what decides what is learnt
-    recipe: Optional[argparse.Namespace]  # the published args, with their number of processes
-    published: Dict[str, Any]  # the settings of the recipe
+    resume: str  # path given by --resume, which is not passed to DeiT
+    command: str  # the script and the user's flags
+    settings: Dict[str, Any]  # the arguments that decide what is learnt
+    recipe_args: Optional[argparse.Namespace]  # the recipe's; None if launched without a recipe
+
+
+OURS = Plan._fields[:8]  # those that are arguments of the command line
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but raises UserError with the flag that was probably meant."""
 
     def error(self, message: str) -> None:
-        """Raise UserError, which is reported once and not by every process."""
+        """Raise UserError, which errors.py prints once and not for every process."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         flags = [*self._option_string_actions, "--dry-run", "--all-flags"]  # launch.sh's, too
         near = difflib.get_close_matches(unknown, flags, 1)
@@ -65,44 +72,30 @@ class Parser(argparse.ArgumentParser):
 
 def parse(main: Any, data_sets: Dict[str, Any], arguments: List[str]
           ) -> Tuple[argparse.Namespace, Plan]:
-    """DeiT's args and this bundle's plan, for the recipe's flags, YOUR_FLAGS, the user's flags.
+    """Parse `RECIPE'S FLAGS --your-flags USER'S FLAGS` into DeiT's args and this bundle's plan.
 
-    main: DeiT's module; data_sets: datasets.DATA_SETS. The args contain DeiT's flags as they were
-    typed, the flags that datasets.py and data.py read, and ``rank`` and ``world_size``. Nothing
-    changes them later; DeiT gets a copy. Under --eval, OF_EVALUATION comes from the checkpoint
-    unless the user gives it.
+    main: DeiT's module; data_sets: datasets.DATA_SETS. Besides DeiT's flags, the args contain those
+    that datasets.py and data.py read, and ``rank`` and ``world_size``. Nothing changes them later;
+    DeiT gets a copy.
     """
     parser = _parser(main, data_sets)
     split = arguments.index(YOUR_FLAGS) if YOUR_FLAGS in arguments else 0
-    recipe = parser.parse_args(arguments[:split]) if split else None
-    yours = [word for word in arguments[split:] if word != YOUR_FLAGS]
-    args = parser.parse_args(arguments[:split] + yours)
+    of_recipe, yours = arguments[:split], [word for word in arguments[split:] if word != YOUR_FLAGS]
+    recipe_args = parser.parse_args(of_recipe) if split else None
+    args = parser.parse_args(of_recipe + yours)
     if args.eval and args.resume:
-        its = weights.read(os.path.expanduser(args.resume), args.trust).get("settings", {})
-        base = vars(recipe) if recipe else {}
-        inherited = {name: its[name] for name in OF_EVALUATION if name in its}
-        args = parser.parse_args(yours, argparse.Namespace(**{**base, **inherited}))
-        args.hold_out *= not args.test_split  # test/ has no held-out part
-    for name in ("resume", "output_dir", "data_path", "predictions"):
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
-    args.rank = int(os.environ.get("RANK") or 0)  # as DeiT's main does later
-    args.world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    if args.pin_mem and not hasattr(torch, "inference_mode"):  # which torch 1.9 introduced
-        args.pin_mem = False  # its thread would end before a second epoch of the same workers
-        warnings.warn("--pin-mem has no effect: it takes torch 1.9 or newer", stacklevel=1)
+        args = _inherit(parser, args, recipe_args, yours)
+    _complete(args)
     _refuse_what_cannot_work(args)
-    without_effect = _without_effect(args, data_sets[args.data_set].flags)
-    for name in sorted(_given(parser, yours) & without_effect.keys()):
-        raise UserError(f"{flag_of(name)} has no effect {without_effect[name]}: leave it out")
-    settings, published = _settings(args, without_effect), {}
-    if recipe:
-        recipe.world_size, recipe.seed = PUBLISHED_PROCESSES, args.seed  # no seed was published
-        published = _settings(recipe, {})
-    ours = {name: vars(args).pop(name) for name in Plan._fields if hasattr(args, name)}
-    pretrained, args.resume = args.resume, ""
-    script = f"{recipe.data_set}.sh" if recipe else "finetune.py"
-    return args, Plan(pretrained=pretrained, command=shlex.join([f"scripts/{script}", *yours]),
-                      settings=settings, recipe=recipe, published=published, **ours)
+    unused = _without_effect(args, data_sets[args.data_set].flags)
+    for name in sorted(_given(parser, yours) & unused.keys()):
+        raise UserError(f"{flag_of(name)} has no effect {unused[name]}: leave it out")
+    ours = {name: vars(args).pop(name) for name in OURS}
+    resume, args.resume = args.resume, ""
+    script = f"scripts/{recipe_args.data_set}.sh" if recipe_args else "scripts/finetune.py"
+    return args, Plan(**ours, resume=resume, command=shlex.join([script, *yours]),
+                      settings=settings_of(args, ours["accum_iter"], unused),
+                      recipe_args=recipe_args)
 
 
 def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
@@ -115,9 +108,11 @@ def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
                           ("--mixup-mode", ("batch", "pair", "elem"))):
         parser.add_argument(name, choices=choices, default=choices[0])
     ours = parser.add_argument_group("added by this bundle")
-    for name, text in (("--accum-iter", "accumulate N batches per process for one optimizer step"),
-                       ("--eval-freq", "evaluate every N epochs and after the last"),
-                       ("--save-freq", "write checkpoint.pth every N epochs and after the last")):
+    for name, text in (
+            ("--accum-iter", "accumulate N batches per process for one optimizer step"),
+            ("--eval-freq", "evaluate every N epochs and after the last"),
+            ("--save-freq", "write checkpoint.pth every N epochs, after the last, and whenever the "
+                            "accuracy is the best so far")):
         ours.add_argument(name, type=int, default=1, metavar="N", help=text + " (default: 1)")
     ours.add_argument("--hold-out", type=float, default=0.0, metavar="SHARE",
                       help="evaluate on this share of the train images, such as 0.2, and train on "
@@ -136,6 +131,27 @@ def _parser(main: Any, data_sets: Dict[str, Any]) -> Parser:
     return parser
 
 
+def _inherit(parser: Parser, args: argparse.Namespace, recipe_args: Optional[argparse.Namespace],
+             yours: List[str]) -> argparse.Namespace:
+    """Parse again, with OF_EVALUATION from the checkpoint in place of the recipe's."""
+    its = weights.read(os.path.expanduser(args.resume), args.trust).get("settings", {})
+    inherited = {name: its[name] for name in OF_EVALUATION if name in its}
+    if args.test_split:  # test/ has no held-out part
+        inherited["hold_out"] = 0.0
+    base = vars(recipe_args) if recipe_args else {}
+    return parser.parse_args(yours, argparse.Namespace(**{**base, **inherited}))
+
+
+def _complete(args: argparse.Namespace) -> None:
+    for name in ("resume", "output_dir", "data_path", "predictions"):
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
+    args.rank = int(os.environ.get("RANK") or 0)  # as DeiT's main does later
+    args.world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if args.pin_mem and not hasattr(torch, "inference_mode"):  # which torch 1.9 introduced
+        args.pin_mem = False  # older: the pinning thread ends after persistent workers' first epoch
+        warnings.warn("--pin-mem has no effect: it needs torch 1.9 or newer", stacklevel=1)
+
+
 def _given(parser: Parser, words: List[str]) -> Set[str]:
     """The names of the arguments that occur in ``words``."""
     unset = object()
@@ -145,7 +161,7 @@ def _given(parser: Parser, words: List[str]) -> Set[str]:
 
 
 def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
-    """Refuse what DeiT, timm or torch would silently misuse or end in a traceback."""
+    """Refuse what DeiT, timm or torch would silently misuse or crash on."""
     for (least, most), names in RANGES.items():
         limits = f"{least} or more" if most > 1 else f"{least} to {most}"
         for name in names:
@@ -157,29 +173,26 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
         if value != unused:
             raise UserError(f"{flag} {value} is not supported: pass the converted checkpoint, or "
                             "the checkpoint of a run to continue, to --resume")
-    minmax = args.cutmix_minmax or (0, 1)
-    size_in_name = weights.size_in_name(args.model)
+    minmax, size = args.cutmix_minmax or (0, 1), weights.implied_input_size(args.model)
     for wrong, message in (
             (not args.data_set, "--data-set is missing: pass pets, folder or another one"),
             (not args.data_path, "--data-path is missing: pass the folder of the data set"),
             (not args.output_dir and not (args.eval or args.check),
              "--output_dir is missing: pass the folder for checkpoints and log.txt"),
-            (args.hold_out == 1, "--hold-out 1.0: leaves nothing to train on; pass 0.2, say"),
             (args.predictions and not args.eval, "--predictions: needs --eval"),
             (args.test_split and not args.eval, "--test-split: needs --eval; training evaluates on "
-             "val/, so that test/ chooses nothing"),
+             "val/, so that nothing is chosen on the test images"),
             (args.resume.startswith(("http:", "https:")),
              f"--resume {args.resume}: download it first, with wget, and pass the file"),
-            (size_in_name not in (None, "224") and args.input_size == 224,
-             f"--model {args.model} is made for images of {size_in_name} pixels: pass --input-size "
-             f"{size_in_name}"),
-            (args.opt_betas and len(args.opt_betas) != 2,
-             f"--opt-betas {args.opt_betas}: takes two numbers, such as 0.9 0.999"),
-            (args.opt.startswith("ada") and "hess" in args.opt,
-             f"--opt {args.opt}: takes second derivatives, which several processes cannot compute; "
-             "the recipes use adamw"),
+            (args.input_size == 224 != size,
+             f"--model {args.model} is made for images of {size} pixels: pass --input-size {size}"),
             (args.input_size % 16,
              f"--input-size {args.input_size}: must be a multiple of 16, the patch size"),
+            (args.opt_betas and len(args.opt_betas) != 2,
+             f"--opt-betas {args.opt_betas}: takes two numbers, such as 0.9 0.999"),
+            ("adahessian" in args.opt.lower(),
+             f"--opt {args.opt}: needs second derivatives, which DistributedDataParallel cannot "
+             "compute; the recipes use adamw"),
             (_mixes(args) and args.batch_size % 2,
              f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
             (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1,
@@ -196,18 +209,17 @@ def _mixes(args: argparse.Namespace) -> bool:
 
 
 def _without_effect(args: argparse.Namespace, of_data_set: Tuple[str, ...]) -> Dict[str, str]:
-    """The names of arguments that change nothing here, and the reason.
+    """The names of arguments that change nothing here, each with the reason.
 
-    of_data_set: those that this data set reads, of those that not all data sets read.
+    of_data_set: the names in OF_SOME_DATA_SETS that this data set reads.
     """
-    three = getattr(args, "ThreeAugment", False)  # then DeiT HEAD makes the train transform
-    of_some = ("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")
+    three = getattr(args, "ThreeAugment", False)  # DeiT HEAD then replaces the train transform
+    read = {*of_data_set, *(("color_jitter",) if three else ())}
     groups = (  # names, whether they have an effect, the reason why not
         (("resplit", "inat_category", "dist_eval", "distributed", "world_size", "teacher_model",
           "teacher_path", "distillation_alpha", "distillation_tau", "cooldown_epochs",
           "patience_epochs"), False, "in this bundle"),
-        (set(of_some) - set(of_data_set) - ({"color_jitter"} if three else set()), False,
-         f"on --data-set {args.data_set}"),
+        (OF_SOME_DATA_SETS - read, False, f"on --data-set {args.data_set}"),
         (("aa", "train_interpolation", "reprob", "remode", "recount"), not three,
          "with --ThreeAugment"),
         (("src",), three, "without --ThreeAugment"),
@@ -222,19 +234,21 @@ def _without_effect(args: argparse.Namespace, of_data_set: Tuple[str, ...]) -> D
             for name in names}
 
 
-def _settings(args: argparse.Namespace, without_effect: Dict[str, str]) -> Dict[str, Any]:
-    left_out = {*NOT_SETTINGS, *Plan._fields, *without_effect}
-    settings = {name: value for name, value in vars(args).items() if name not in left_out}
-    settings["effective batch size"] = args.world_size * args.batch_size * args.accum_iter
+def settings_of(args: argparse.Namespace, accum_iter: int, left_out: Dict[str, str]
+                ) -> Dict[str, Any]:
+    """The arguments that decide what is learnt, and the effective batch size, by name."""
+    settings = {name: value for name, value in vars(args).items()
+                if name not in {*NOT_SETTINGS, *OURS, *left_out}}
+    settings["effective batch size"] = args.world_size * args.batch_size * accum_iter
     return settings
 
 
-def shared(args: argparse.Namespace, plan: Plan) -> Dict[str, Any]:
-    """What must be the same on all machines of a run, by name."""
-    of_plan = {name: value for name, value in plan._asdict().items()
-               if isinstance(value, int)}  # which is true for bool, too
+def same_on_all_machines(args: argparse.Namespace, plan: Plan) -> Dict[str, Any]:
+    """The arguments that decide what the processes of a run do together, by name."""
+    of_plan = {name: getattr(plan, name) for name in ("accum_iter", "eval_freq", "save_freq",
+                                                      "overwrite")}
     return {**{name: value for name, value in vars(args).items() if name not in OF_ONE_MACHINE},
-            **of_plan}
+            **of_plan, "predictions": bool(plan.predictions)}
 
 
 def for_deit(args: argparse.Namespace, plan: Plan, start_epoch: int) -> argparse.Namespace:

@@ -19,11 +19,13 @@ import convert_to_deit
 from . import provenance, weights
 from .errors import UserError
 from .options import Plan
-from .words import differing
+from .words import TEST_IMAGES, differing
 
-# Settings that must match the weights, and the optimizer and EMA state, of a checkpoint.
+# Settings that must match the weights of a checkpoint, and its optimizer and EMA.
 OF_WEIGHTS = ("model", "input_size")
 OF_STATE = (*OF_WEIGHTS, "opt", "opt_betas", "opt_eps", "momentum", "weight_decay", "model_ema")
+# Settings that must match for accuracies to be comparable with those in its log.txt.
+OF_ACCURACY = ("data_set", "hold_out", TEST_IMAGES)
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json", "report.png")
 
 
@@ -31,11 +33,11 @@ class Start(NamedTuple):
     """What a run starts from."""
 
     path: str  # of a checkpoint
-    continues: bool  # whether that is --output_dir's own, so that all settings must be the same
+    continues: bool  # True if that is --output_dir's own checkpoint; then all settings must match
     epoch: int  # the first epoch to train, from 0; more than 0 if a run is resumed
-    parent: Optional[str]  # the checkpoint of another run that this run went on from
-    pretrained: Dict[str, str]  # what training began with, see provenance.of_weights
-    rows: List[Dict[str, Any]]  # of log.txt, for the epochs before
+    parent: Optional[Dict[str, str]]  # the checkpoint of another run that this run was resumed from
+    origin: Dict[str, str]  # the pretrained file that training began with
+    rows: List[Dict[str, Any]]  # the log.txt rows of earlier epochs
     state: Dict[str, Any]  # the checkpoint, at least `model`
 
 
@@ -46,69 +48,78 @@ def find_start(args: Namespace, plan: Plan) -> Start:
 
 def choose_checkpoint(args: Namespace, plan: Plan) -> Tuple[str, bool]:
     """The checkpoint to start from, and whether it is --output_dir's own."""
-    if plan.overwrite and is_of_run(plan.pretrained, args.output_dir):
-        raise UserError(f"--overwrite would delete {plan.pretrained}, which this run starts from: "
+    if plan.overwrite and _is_of_run(plan.resume, args.output_dir):
+        raise UserError(f"--overwrite would delete {plan.resume}, which this run starts from: "
                         "move it, or pass another --output_dir")
     own = Path(args.output_dir, "checkpoint.pth")
     if args.output_dir and own.exists() and not (args.eval or plan.overwrite):
         return str(own), True
-    if not plan.pretrained:
+    if not plan.resume:
         raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under --eval "
                         "the checkpoint of a run")
-    return plan.pretrained, False
+    return plan.resume, False
 
 
 def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start:
-    """Read the checkpoint, and find the epoch that comes next."""
+    """Read the checkpoint, and find out which epoch comes next and where the run came from."""
     try:
         state = weights.read(path, plan.trust)
     except UserError as error:
-        hint = "; or pass --overwrite to start from scratch" if continues else ""
-        raise UserError(f"{error}{hint}") from None
-    resumes = not args.eval and "optimizer" in state and "epoch" in state
-    if (args.eval or resumes) and weights.HEAD[0] not in state["model"]:
+        if continues:
+            text = str(error).replace("; download it again", "")
+            raise UserError(f"{text}; pass --overwrite to start from scratch, or another "
+                            "--output_dir") from None
+        raise
+    is_of_run = "optimizer" in state and "epoch" in state
+    if (args.eval or is_of_run) and weights.HEAD[0] not in state["model"]:
         raise UserError(f"{path} has no classifier head, so it cannot be evaluated or continued: "
                         "pass the checkpoint of a fine-tuning run")
-    epoch = state["epoch"] + 1 if resumes else 0
+    epoch = state["epoch"] + 1 if is_of_run and not args.eval else 0
     if epoch >= args.epochs and not continues:
         raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
                         "continue from it")
-    pretrained, parent = state.get("pretrained"), state.get("parent")
-    named = os.path.abspath(plan.pretrained)
-    if epoch and not continues:
-        parent = named
-    is_this_run = named == parent or is_of_run(named, args.output_dir)
-    if pretrained is None or os.path.exists(plan.pretrained) and not is_this_run:
-        pretrained = provenance.of_weights(plan.pretrained or path)
+    parent = provenance.of_weights(path) if epoch and not continues else state.get("parent")
+    origin = state.get("origin") or provenance.of_weights(path)
     rows = [row for row in read_log(Path(path).with_name("log.txt")) if row["epoch"] < epoch]
-    return Start(path, continues, epoch, parent, pretrained, rows, state)
+    return Start(path, continues, epoch, parent, origin, rows, state)
 
 
-def check_settings(start: Start, settings: Dict[str, Any], is_evaluation: bool) -> None:
-    """Raise UserError if the checkpoint belongs to a run with other settings."""
-    before = start.state.get("settings", {})  # plain DeiT's has none
-    names = set(before) if start.continues else OF_WEIGHTS if is_evaluation else OF_STATE
+def check_start(start: Start, settings: Dict[str, Any], args: Namespace, plan: Plan) -> None:
+    """Raise UserError if the checkpoint belongs to a run with other settings or other weights."""
+    before, advice = settings_before(start.state), "pass the same"
+    names = OF_WEIGHTS + (OF_ACCURACY if args.hold_out else ()) if args.eval else (
+        OF_STATE + OF_ACCURACY)
+    if start.continues:
+        names, advice = before, "pass another --output_dir, or --overwrite to start from scratch"
     different = differing(settings, {name: before[name] for name in before if name in names},
                           "there")
-    own, its = start.pretrained, start.state.get("pretrained", start.pretrained)
-    if start.continues and own.get("crc32") != its.get("crc32"):
-        different.append("--resume {file}, checksum {crc32}".format(**own)
-                         + " (there: {file}, checksum {crc32})".format(**its))
+    if start.continues and not _is_of_run(plan.resume, args.output_dir) and os.path.exists(
+            plan.resume):
+        given, first = provenance.of_weights(plan.resume), start.parent or start.origin
+        # A parent may have been trained on since, so its path is enough.
+        if given["crc32"] not in (start.origin["crc32"], first["crc32"]) and (
+                start.parent is None or given["path"] != first["path"]):
+            different.append(f"--resume {plan.resume} with checksum {given['crc32']} (there: "
+                             f"{first['path']}, {first['crc32']})")
     if different:
-        advice = ("pass another --output_dir, or --overwrite to start from scratch"
-                  if start.continues else "pass the same")
         raise UserError(f"{start.path} comes from a run with other settings: "
                         f"{', '.join(different)}; {advice}")
 
 
-def is_of_run(path: str, folder: str) -> bool:
+def settings_before(state: Dict[str, Any]) -> Dict[str, Any]:
+    """The settings of the run that wrote a checkpoint; plain DeiT has its arguments there."""
+    args = state.get("args", {})
+    return state.get("settings") or (vars(args) if isinstance(args, Namespace) else args)
+
+
+def _is_of_run(path: str, folder: str) -> bool:
     """Whether ``path`` is a file of the run in ``folder``."""
     return bool(folder) and (Path(path).resolve().parent == Path(folder).resolve()
                              and Path(path).name in RUN_FILES)
 
 
 def read_log(path: Path) -> List[Dict[str, Any]]:
-    """The rows of a log.txt, without half a line that a crash left and without lines of others."""
+    """The rows of a log.txt, skipping truncated lines and lines in another format."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
@@ -118,7 +129,7 @@ def read_log(path: Path) -> List[Dict[str, Any]]:
 
 def require_writable(folder: Path, flag: str) -> None:
     """Raise UserError if files cannot be written to ``folder``, which may not exist yet."""
-    nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    nearest = next(filter(os.path.exists, (folder, *folder.resolve().parents)))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {folder} cannot be written: see {nearest}, or pass another one")
 
@@ -144,7 +155,7 @@ class RunFolder:
         require_writable(self.path, "--output_dir")
         if (self.path / ".lock").exists():
             with open(self.path / ".lock") as lock:
-                self._lock(lock, fcntl.LOCK_SH)  # other processes of this launch look, too
+                self._lock(lock, fcntl.LOCK_SH)  # shared, since all ranks of this launch do this
         return str(self.path)
 
     def claim(self) -> None:
@@ -154,7 +165,7 @@ class RunFolder:
         self._lock(self._claim, fcntl.LOCK_EX)
 
     def _lock(self, file: IO, kind: int) -> None:
-        """Take a lock that ends with the process, and that data workers do not inherit."""
+        """Take a lock that ends with the process. Forked data workers would inherit a flock."""
         try:
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,22 +177,22 @@ class RunFolder:
 
     def begin(self, start: Start, overwrite: bool, facts: Dict[str, Any],
               launch: Dict[str, Any]) -> None:
-        """Claim the folder, remove what a crash left, cut log.txt back, and write run.json.
+        """Claim the folder, cut log.txt back to the start, and write run.json.
 
-        With ``overwrite`` the files of an earlier run are deleted. Otherwise a log without its
-        checkpoint, which may be all that is left of a run, and files of others that have our names
-        are kept under another name. What report.py reads besides log.txt, and a record of each
-        launch, become run.json.
+        With ``overwrite`` the files of an earlier run are deleted. Without it, files that have our
+        names and are not continued are renamed to NAME.old: a log without its checkpoint may be
+        all that is left of a run. run.json gets ``facts`` and a record of this launch.
         """
         self.claim()
-        for left_over in self.path.glob(".*.tmp"):
-            left_over.unlink()
         deletes = overwrite and "settings" in self._read_run_json()
-        for name in () if start.continues else RUN_FILES:
+        for name in RUN_FILES:
+            path = self.path / name
+            for left_by_a_crash in self.path.glob(f".{name}.*.tmp"):
+                left_by_a_crash.unlink()
             if deletes:
-                (self.path / name).unlink(missing_ok=True)
-            elif (self.path / name).exists():
-                (self.path / name).rename(self._unused_name(name))
+                path.unlink(missing_ok=True)
+            elif path.exists() and not start.continues:
+                path.rename(self._unused_name(name))
         launches = self._read_run_json().get("launches", [])
         lines = "".join(json.dumps(row) + "\n" for row in start.rows)
         with convert_to_deit.atomic_write(str(self.path / "log.txt")) as file:
@@ -191,7 +202,7 @@ class RunFolder:
             with convert_to_deit.atomic_write(str(self.path / best.name)) as file, \
                     best.open("rb") as parents:
                 shutil.copyfileobj(parents, file)
-        self._write_run_json({**facts, "parent": start.parent, "pretrained": start.pretrained,
+        self._write_run_json({**facts, "parent": start.parent, "origin": start.origin,
                               "launches": [*launches, launch]})
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""How far a long job is: a line every half minute."""
+"""A line every half minute that tells how far a long job is."""
 import time
 from datetime import timedelta
 from typing import Any, Callable, Iterable, Iterator

@@ -67,7 +67,7 @@ def _git(folder: Path, *words: str) -> Optional[str]:
 
 
 def of_weights(path: str) -> Dict[str, str]:
-    """Name and checksum of a checkpoint file. A file that was moved or renamed keeps its checksum.
+    """Path and checksum of a checkpoint file. A file that was moved or renamed keeps its checksum.
 
     A zip file, as torch writes it, has checksums of its members at its end, so it is not read.
     """
@@ -77,7 +77,7 @@ def of_weights(path: str) -> Dict[str, str]:
                             for member in archive.infolist()]).encode()
     else:
         content = Path(path).read_bytes()
-    return {"file": os.path.basename(path), "crc32": f"{zlib.crc32(content):08x}"}
+    return {"path": os.path.realpath(path), "crc32": f"{zlib.crc32(content):08x}"}
 
 
 def now() -> str:

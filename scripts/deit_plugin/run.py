@@ -1,4 +1,4 @@
-"""One fine-tuning run: what stands in for DeiT's functions while DeiT's ``main(args)`` runs."""
+"""One fine-tuning run: the methods that replace DeiT's functions while its ``main(args)`` runs."""
 import random
 import shlex
 import sys
@@ -33,47 +33,55 @@ class Trained(NamedTuple):
 
 
 class Run:
-    """Methods named like functions of DeiT's main.py stand in for them. DeiT's main(args) calls:
+    """The methods below replace the functions of DeiT's main.py that they are named after.
 
-    1. init_distributed_mode: then all ranks can communicate, and print() works in rank 0 only.
+    DeiT's main(args) calls, in this order on every commit:
+
+    1. init_distributed_mode. Afterwards all ranks can communicate, and print() is silent in all
+       ranks but 0.
     2. manual_seed of torch and NumPy, with --seed + rank.
-    3. build_dataset, for train and test: gets what ``data`` contains already.
-    4. DataLoader, for train and test: never iterated. Ours use their sampler and batch size.
-    5. create_model: the weights must be loaded here, because next
-    6. ModelEma copies the model, and only after that all commits load their --resume.
+    3. build_dataset, for train and test. Ours returns the images that were built before.
+    4. DataLoader, for train and test. DeiT's loaders are never iterated; ours take over their
+       kind of sampler, their batch size and their number of workers.
+    5. create_model. Ours loads the weights here: step 6 copies the model, and every commit loads
+       its own --resume only after that.
+    6. ModelEma copies the model.
     7. DistributedDataParallel, create_optimizer, create_scheduler.
-    8. train_one_epoch, for each epoch: before the first, the state of optimizer, loss scaler and
-       EMA is restored, which exist only now, and log.txt is cut back.
-    9. lr_scheduler.step, after training, so each epoch has the rate of the one before.
-    10. evaluate: here the epoch ends. log.txt gets its line, then the checkpoint is written. DeiT
-        itself writes neither, since its args have no output_dir.
+    8. train_one_epoch, for each epoch. Before the first, ours restores the state of optimizer, loss
+       scaler, EMA and learning rate, which exist only now, and begins to write to --output_dir.
+    9. lr_scheduler.step. Epoch e thus trains with the rate that is scheduled for e - 1.
+    10. evaluate. Ours ends the epoch here: log.txt gets its line, then the checkpoint is written.
+        DeiT itself writes neither, since its args have no output_dir.
 
-    main: DeiT's module, as checkout.import_main returns it; the others as finetune.py makes them.
+    main: DeiT's module, as checkout.import_main returns it; for the others see finetune.py.
     """
 
     def __init__(self, main: ModuleType, args: Namespace, plan: Plan, data: Data,
                  folder: RunFolder, start: Start) -> None:
         self.main, self.args, self.plan, self.data = main, args, plan, data
         self.folder, self.start = folder, start
-        self.deit = SimpleNamespace(**vars(main))  # DeiT's functions, which run_deit replaces
-        self.recipe = recipe.compare(args, plan, data)
-        self.settings = self.recipe.settings
-        output.check_settings(start, self.settings, args.eval)
+        self.deit = SimpleNamespace(**vars(main))  # DeiT's originals, which run_deit replaces
+        self.comparison = recipe.compare(args, plan, data)
+        self.settings = self.comparison.settings
+        output.check_start(start, self.settings, args, plan)
         if plan.predictions:
             output.require_writable_file(plan.predictions, "--predictions")
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
-        self.scheduler = self.trained = None
+        self.batches = self.scheduler = self.trained = None
+        self.places = []  # host and device of each rank
         self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
-        self.narrator = Narrator(args, plan, data, self.recipe, start)
+        self.narrator = Narrator(args, plan, data, self.comparison, start)
 
     def run_deit(self) -> None:
         """Run DeiT's ``main`` with this run's methods in place of its functions."""
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
-        if not self.plan.verbose:
-            for module in (self.main, self.main.utils, sys.modules["engine"]):
-                module.print = lambda *_, **__: None  # ours says it in fewer lines
-        random.seed(self.args.seed + self.args.rank)  # DeiT leaves it out
+        # DeiT's main knows nothing of epochs without evaluation; the Narrator prints less than both
+        # others.
+        others = () if self.plan.verbose else (self.main.utils, sys.modules["engine"])
+        for module in (self.main, *others):
+            module.print = lambda *_, **__: None
+        random.seed(self.args.seed + self.args.rank)  # DeiT seeds torch and NumPy only
         self.main.main(options.for_deit(self.args, self.plan, self.start.epoch))
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
@@ -93,31 +101,31 @@ class Run:
         return self.data.train if use_train else self.data.test, len(self.data.classes)
 
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
-        """The model with its weights."""
+        """Create the model and load its weights, if all ranks agree on what they train."""
         if torch.distributed.is_initialized():  # not under --check
             self._compare_machines()
         path, classes = self.start.path, self.data.classes
         its_classes = self.start.state.get("classes", classes)
         if its_classes != classes:
             raise UserError(f"{path} comes from a run on other classes "
-                            f"({unequal(classes, its_classes, 'here', 'there')}): --data-path "
-                            f"{self.args.data_path} must have the same")
+                            f"({unequal(classes, its_classes, 'here', 'there')}): pass the "
+                            f"--data-path of that run, not {self.args.data_path}")
         kwargs.pop("img_size", None)  # which only DeiT HEAD passes
         model = weights.create(name, self.args.input_size, self.deit.create_model, **kwargs)
         weights.fit(model, self.start.state["model"], path, name)
         return model
 
     def create_optimizer(self, args: Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """DeiT's; timm can raise anything for a name that it does not know."""
+        """Create DeiT's optimizer; timm raises various exceptions for an unknown name."""
         try:
             return self.deit.create_optimizer(args, model)
         except Exception as error:
-            raise UserError(f"--opt {args.opt}: timm cannot make it: {one_line(error)}; the "
-                            "recipes use adamw") from error
+            raise UserError(f"--opt {args.opt}: timm cannot create this optimizer: "
+                            f"{one_line(error)}; pass adamw, as the recipes do") from error
 
     def create_scheduler(self, args: Namespace, optimizer: torch.optim.Optimizer
                          ) -> Tuple[Any, int]:
-        """DeiT's, which is also part of a checkpoint."""
+        """Create DeiT's scheduler, and keep it for checkpoints."""
         self.scheduler, epochs = self.deit.create_scheduler(args, optimizer)
         return self.scheduler, epochs
 
@@ -125,7 +133,7 @@ class Run:
                         optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
                         loss_scaler: Any, max_norm: float, model_ema: Any, *mixup_fn: Any,
                         **kwargs: Any) -> Dict[str, float]:
-        """DeiT's, with persistent data workers and accumulated batches."""
+        """Train with DeiT's function, on persistent data workers and with accumulated batches."""
         parts = {"model": getattr(model, "module", model), "optimizer": optimizer,
                  "lr_scheduler": self.scheduler, "scaler": loss_scaler,
                  "model_ema": model_ema and model_ema.ema}
@@ -148,7 +156,7 @@ class Run:
             stats = self.deit.train_one_epoch(
                 model, criterion, loader, accumulation.Optimizer(optimizer), device, epoch, scaler,
                 max_norm, ema, *mixup_fn, **kwargs)
-        except SystemExit as stop:  # on every commit DeiT has only this reason to exit
+        except SystemExit as stop:  # at every commit, DeiT exits only when the loss is not finite
             raise FloatingPointError("the loss is not finite, so DeiT stopped: pass a smaller "
                                      "--lr, and look at the data with --check") from stop
         stats["seconds"] = round(time.monotonic() - began, 2)
@@ -173,7 +181,7 @@ class Run:
             stats["seconds"] = round(time.monotonic() - began, 2)
         self._end_epoch(stats, sum(parameter.numel() for parameter in model.parameters()
                                    if parameter.requires_grad))
-        return {"acc1": 0.0}  # DeiT only prints it, silently
+        return {"acc1": 0.0}  # DeiT's main only prints it, and its print is silenced
 
     # What happens in between
 
@@ -190,31 +198,34 @@ class Run:
 
     def _begin(self, parts: Dict[str, Any]) -> None:
         state = self.start.state
-        if self.start.epoch:  # continue as if never stopped, as no commit of DeiT does
-            for name in ("optimizer", "model_ema", "scaler"):
-                if parts[name] is not None and state.get(name):  # DeiT of 2020 saves no scaler
-                    parts[name].load_state_dict(state[name])
+        if self.start.epoch:  # restore everything, which no commit of DeiT does
+            try:
+                for name in ("optimizer", "model_ema", "scaler"):
+                    if parts[name] is not None and state.get(name):  # DeiT of 2020 saves no scaler
+                        parts[name].load_state_dict(state[name])
+            except ValueError as error:  # DeiT of 2020 groups the parameters in another way
+                raise UserError(f"{self.start.path} was written with another DeiT commit "
+                                f"({one_line(error)}): set DEIT_DIR to the same") from error
             self.scheduler.step(self.start.epoch - 1)  # the rate by this run's own schedule
         if self.args.rank == 0:
-            facts = {"settings": self.settings, "differs": self.recipe.differs,
+            facts = {"settings": self.settings, "differs": self.comparison.differs,
                      "classes": self.data.classes}
             launch = provenance.of_launch(self.plan.command, self.places)
             self.folder.begin(self.start, self.plan.overwrite, facts, launch)
             if (self.folder.path / "best_checkpoint.pth").exists():
                 self.best = max([self.best, *self.start.rows],
                                 key=lambda row: row.get("test_acc1", -1))
-        self.narrator.say(self.narrator.describe())
+        self.narrator.begin()
         if self.start.epoch:
             self._note_saved(self.start.epoch)
         state.clear()  # frees its memory; nothing reads it from here on
-        self.narrator.began = time.monotonic()
 
     def _compare_machines(self) -> None:
         """Raise UserError if the ranks were launched differently; learn where they run."""
         everyone = machines.gather({
-            **options.shared(self.args, self.plan), **self.settings,
+            **options.same_on_all_machines(self.args, self.plan), **self.settings,
             "first epoch": self.start.epoch + 1,
-            "checksum of --resume": self.start.pretrained["crc32"],
+            "checksum of the pretrained file": self.start.origin["crc32"],
             "checksum of the class names": zlib.crc32(repr(self.data.classes).encode()),
             **provenance.of_process(self.args)}, self.args.device)
         self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
@@ -243,7 +254,7 @@ class Run:
         if saves:
             state = {name: part and part.state_dict() for name, part in parts.items()}
             state.update(epoch=epoch, settings=self.settings, classes=self.data.classes,
-                         pretrained=self.start.pretrained, parent=self.start.parent,
+                         origin=self.start.origin, parent=self.start.parent,
                          args=vars(self.args))  # a plain dict, which weights_only loads
         for name in saves:
             self.folder.save(name, state)

@@ -1,4 +1,4 @@
-"""What the shell, the cluster or an earlier launch leave for a launch to find."""
+"""Guards against what the shell, the cluster or an earlier launch left behind."""
 import contextlib
 import fcntl
 import glob
@@ -11,6 +11,7 @@ from typing import Iterator
 # Longest path of a temporary folder. Data workers open sockets below it, whose paths have at most
 # 107 characters (unix(7)), of which Python's own names take about 35 and the launcher's 18.
 LONGEST_TEMPORARY_FOLDER = 50
+LOCK = "finetune-launcher.lock"
 
 
 def keep_ignored_signals() -> None:
@@ -43,12 +44,12 @@ def temporary_folder() -> Iterator[str]:
 
     A lock, which ends with its process, tells whether a launch still uses its folder.
     """
-    for path in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*", "lock")):
+    for path in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*", LOCK)):
         with contextlib.suppress(OSError), open(path) as lock:  # it is in use, or not ours
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder, \
-            open(os.path.join(folder, "lock"), "w") as lock:
+            open(os.path.join(folder, LOCK), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.environ["TMPDIR"] = folder
         yield folder

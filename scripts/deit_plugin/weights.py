@@ -1,8 +1,8 @@
-"""Pretrained weights into a model: exactly the head may be missing, nothing may be left over."""
+"""Loads pretrained weights into a model: only the head may be missing, nothing may be left over."""
 import re
 from argparse import Namespace
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,22 +41,22 @@ def _vision_transformer(name: str, **kwargs: Any) -> VisionTransformer:
                              **kwargs)
 
 
-def size_in_name(model: str) -> Optional[str]:
-    """The input size that the names of DeiT and timm tell, as in vit_base_patch16_384."""
-    found = re.search(r"_(\d{3})(?![^_.])", model)
-    return found[1] if found else None
+def implied_input_size(model: str) -> int:
+    """The input size in a model's name, such as vit_base_patch16_384, or else 224."""
+    found = re.search(r"_(\d{3})(?=[_.]|$)", model)
+    return int(found[1]) if found else 224
 
 
 def create(name: str, input_size: int, make: Callable, **kwargs: Any) -> torch.nn.Module:
-    """``make(name, **kwargs)``, a model for that input size. Raises UserError."""
+    """Create a model for that input size by ``make(name, **kwargs)``. Raises UserError."""
     # DeiT's two older commits do not pass the input size on.
-    is_usual = str(input_size) == (size_in_name(name) or "224")
-    kwargs["img_size"] = None if is_usual else input_size
+    kwargs["img_size"] = None if input_size == implied_input_size(name) else input_size
     try:
         return make(name, **kwargs)
     except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"--model {name}: DeiT and timm cannot make it, --input-size {input_size}: "
-                        f"{one_line(error)}; the recipes use deit_base_patch16_224") from error
+        raise UserError(f"--model {name}: DeiT and timm cannot create it for --input-size "
+                        f"{input_size}: {one_line(error)}; pass deit_base_patch16_224, which the "
+                        "recipes use, or another ViT") from error
 
 
 class Finished(NamedTuple):
@@ -70,7 +70,7 @@ class Finished(NamedTuple):
 
 
 def finished(path: str, trust: bool = False) -> Finished:
-    """The model in the checkpoint of a run. Raises UserError.
+    """Create the model in the checkpoint of a run. Raises UserError.
 
     Models that only DeiT has need a DeiT checkout, named by DEIT_DIR.
     """
@@ -132,8 +132,9 @@ def fit(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: str, mod
         raise UserError(f"{path} does not fit --model {model_name} with "
                         f"{len(own.get(HEAD[0], ()))} classes: {problem}{advice}")
     model.load_state_dict(tensors)
-    # No shape shows the number of heads: a wrong one loads and computes something else. MoCo v3's
-    # fixed position embedding tells its ViT-Small; its other models have DeiT's numbers of heads.
+    # No shape shows the number of heads: with another number, the weights would load and compute
+    # nonsense. MoCo v3's fixed position embedding identifies its ViT-Small; its other models have
+    # DeiT's numbers of heads.
     embedding, heads = weights.get("pos_embed"), model.blocks[0].attn.num_heads
     if heads != 12 and is_sine_cosine(embedding) and embedding.shape[-1] == 384:
         raise UserError(f"{path} is MoCo v3's ViT-Small with 12 heads, --model {model_name} has "

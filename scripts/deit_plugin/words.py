@@ -3,7 +3,9 @@ from typing import Any, Dict, List
 
 from datasets import first_five
 
-COUNTED = ("train images", "test images", "steps per epoch")  # settings that are said number first
+# Settings that are no arguments.
+BATCH, STEPS = "effective batch size", "steps per epoch"
+TRAIN_IMAGES, TEST_IMAGES = "train images", "test images"
 
 
 def count(number: int, what: str) -> str:
@@ -20,13 +22,13 @@ def flag_of(name: str) -> str:
 
 
 def differing(settings: Dict[str, Any], others: Dict[str, Any], whose: str) -> List[str]:
-    """What differs from the other settings, each as 'flag value (whose: other value)'.
+    """What differs from the other settings, each as '--flag value (whose: other value)'.
 
     Only names in both are compared: DeiT's commits have different flags.
     """
     def in_words(name: str) -> str:
-        value = settings[name]
-        return f"{value} {name}" if name in COUNTED else f"{flag_of(name)} {value}"
+        counted = name in (STEPS, TRAIN_IMAGES, TEST_IMAGES)  # printed as "2040 train images"
+        return f"{settings[name]} {name}" if counted else f"{flag_of(name)} {settings[name]}"
 
     return [f"{in_words(name)} ({whose}: {other})"
             for name, other in others.items() if name in settings and settings[name] != other]
