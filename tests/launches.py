@@ -72,7 +72,7 @@ def running(recipe, *flags, **variables):
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 def end_of(run, timeout=60):
@@ -124,15 +124,20 @@ def fork_script(script, *arguments, variables, ranks=({},), before=None):
 def _end_together(processes):
     """Wait for the processes; the first that fails ends all, as with torch's launcher."""
     status, alive = 0, {process.sentinel: process for process in processes}
-    while alive and not status:
-        ended = connection.wait(alive, timeout=300)
-        assert ended, "no process has ended in 5 minutes"
-        for process in map(alive.pop, ended):
+    try:
+        while alive and not status:
+            ended = connection.wait(alive, timeout=300)
+            if not ended:
+                for process in alive.values():  # pytest's fault handler shows where it waits
+                    os.kill(process.pid, signal.SIGABRT)
+                raise AssertionError("no process has ended in 5 minutes")
+            for process in map(alive.pop, ended):
+                process.join()
+                status = status or process.exitcode
+    finally:
+        for process in alive.values():
+            process.kill()
             process.join()
-            status = status or process.exitcode
-    for process in alive.values():
-        process.kill()
-        process.join()
     return status
 
 
