@@ -152,9 +152,9 @@ def save(content: Dict[str, Any], path: str) -> int:
         if SAFE_AND_MAPPED:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:  # torch's translation of a full disk or of Ctrl-C
+            except RuntimeError as error:  # raised over a full disk, or over Ctrl-C
                 raise (error.__context__ or error) from None
-        else:  # torch before 2.0 aborts the process when a write fails
+        else:  # an old torch (seen up to 1.13) aborts the process when a write fails
             buffer = io.BytesIO()
             torch.save(content, buffer)
             file.write(buffer.getbuffer())

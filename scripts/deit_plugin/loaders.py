@@ -102,7 +102,7 @@ def training(loader: DataLoader, batches: Batches) -> DataLoader:
 
 def _persistent(loader: DataLoader, dataset: Any, batches: Any,
                 generator: Optional[torch.Generator] = None) -> DataLoader:
-    """A loader whose workers live as long as it is referenced.
+    """A loader whose workers live until it is deleted.
 
     DeiT's own loaders restart their workers in every epoch.
     """
