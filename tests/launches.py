@@ -207,10 +207,15 @@ def processes_of(folder):
 
 def kill_all(run, folder):
     """``kill -9`` for every process of a launch, as when its machine goes down."""
-    for process in [run.pid, *processes_of(folder)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait_for(lambda: not processes_of(folder), seconds=20)
+    def none_is_left():
+        left = processes_of(folder)  # also those that were just forked
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        return not left
+
+    run.kill()
+    wait_for(none_is_left, seconds=20)
 
 
 def after_saving(action):

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import errno
+import multiprocessing
 import multiprocessing.queues
 import os
 import signal
@@ -76,6 +77,8 @@ class _Output:
 def begin_data_worker(*_: Any) -> None:
     """The worker_init_fn of every data loader: the worker ends with its run, and never hangs it."""
     die_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+        _end(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_data_worker)
 
 
