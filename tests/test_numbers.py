@@ -1,0 +1,63 @@
+"""Numbers and random draws beside independent computations, without a run."""
+import random
+from argparse import Namespace
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from deit_plugin import evaluation, loaders
+
+
+def test_an_evaluation_over_unequal_classes():
+    """Against NumPy's: 61 images, of which most are of class 0, and none of class 8."""
+    rng = numpy.random.RandomState(0)
+    labels = rng.choice(8, 61, p=[0.51, *[0.07] * 7])
+    logits = rng.randn(61, 9).astype("float32")
+    logits[labels == 0, 0] += 2
+    ranks = (logits > logits[range(61), labels][:, None]).sum(axis=1)
+    batches = [(torch.from_numpy(logits[i:i + 8]), torch.from_numpy(labels[i:i + 8]))
+               for i in range(0, 61, 8)]
+    found = evaluation.evaluate(torch.nn.Dropout(), batches, "cpu", 9)
+    wide = logits.astype(float)
+    loss = (numpy.log(numpy.exp(wide).sum(axis=1)) - wide[range(61), labels]).mean()
+    per_class = [(ranks[labels == label] == 0).mean() for label in range(8)]
+    assert found.stats == pytest.approx({
+        "acc1": 100 * (ranks == 0).mean(), "acc5": 100 * (ranks < 5).mean(), "loss": loss,
+        "acc_per_class": 100 * numpy.mean(per_class)})
+    assert found.images == numpy.bincount(labels, minlength=9).tolist()
+    assert found.correct == numpy.bincount(labels[ranks == 0], minlength=9).tolist()
+    assert evaluation.worst_classes(found, list("abcdefghi")).startswith(
+        f"{'abcdefgh'[numpy.argmin(per_class)]} {100 * min(per_class):.2f} %")
+
+
+class Noise(torch.utils.data.Dataset):
+    """Images that are random numbers, drawn as augmentation draws them."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.rand(1).item(), random.random(), numpy.random.rand()
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_every_seed_rank_epoch_and_image_draws_other_numbers(accum_iter):
+    def draws(seed, rank, epoch):
+        args = Namespace(seed=seed, rank=rank, world_size=2 // accum_iter, device="cpu")
+        loader = DataLoader(Noise(), 2, sampler=DistributedSampler(Noise(), 2, 0))
+        batches = loaders.Batches(loader, args, accum_iter)
+        batches.set_epoch(epoch)
+        augmented = loaders.Augmented(Noise())
+        images = [augmented[item] for batch in batches for item in batch]
+        assert len(images) == 4 * accum_iter
+        loaders.seed_process(args, epoch)
+        return [*images, Noise()[0]]
+
+    keys = [(seed, rank, epoch) for seed in (0, 1) for rank in range(2 // accum_iter)
+            for epoch in (1, 2)]
+    numbers = numpy.array([draw for key in keys for draw in draws(*key)])
+    for column in numbers.T:  # torch's, Python's, NumPy's
+        assert len(set(column)) == len(numbers)
+    assert draws(1, 0, 2) == draws(1, 0, 2)
