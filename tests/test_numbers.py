@@ -42,16 +42,37 @@ class Noise(torch.utils.data.Dataset):
         return torch.rand(1).item(), random.random(), numpy.random.rand()
 
 
+def batches_of(args, epoch, accum_iter):
+    """The batches of 2 indices that a process takes in an epoch."""
+    loader = DataLoader(Noise(), 2, sampler=DistributedSampler(Noise(), 2, 0))
+    batches = loaders.Batches(loader, args, accum_iter)
+    batches.set_epoch(epoch)
+    return list(batches)
+
+
+@pytest.mark.parametrize("accum_iter, rank", [(1, 0), (1, 1), (2, 0)])
+def test_a_process_takes_the_images_that_deit_s_processes_take(accum_iter, rank):
+    """In each epoch, and in the order of steps if it stands for two of them."""
+    args = Namespace(seed=0, rank=rank, world_size=2 // accum_iter)
+    for epoch in (0, 1, 2):
+        expected = []
+        for its in (range(2) if accum_iter == 2 else [rank]):
+            sampler = DistributedSampler(Noise(), 2, its)
+            sampler.set_epoch(epoch)
+            indices = list(sampler)
+            expected.append([indices[:2], indices[2:]])
+        taken = [[getattr(item, "index", item) for item in batch]
+                 for batch in batches_of(args, epoch, accum_iter)]
+        assert taken == [batch for step in zip(*expected) for batch in step]
+
+
 @pytest.mark.parametrize("accum_iter", [1, 2])
 def test_every_seed_rank_epoch_and_image_draws_other_numbers(accum_iter):
     def draws(seed, rank, epoch):
         args = Namespace(seed=seed, rank=rank, world_size=2 // accum_iter, device="cpu")
-        loader = DataLoader(Noise(), 2, sampler=DistributedSampler(Noise(), 2, 0))
-        batches = loaders.Batches(loader, args, accum_iter)
-        batches.set_epoch(epoch)
         augmented = loaders.Augmented(Noise())
-        images = [augmented[item] for batch in batches for item in batch]
-        assert len(images) == 4 * accum_iter
+        images = [augmented[item] for batch in batches_of(args, epoch, accum_iter)
+                  for item in batch]
         loaders.seed_process(args, epoch)
         return [*images, Noise()[0]]
 
