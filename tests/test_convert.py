@@ -223,12 +223,26 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capfd, value)
     assert "blocks.1.norm1.bias" in line and "NaN" in line
 
 
-@pytest.mark.parametrize("error, words", [
-    (OSError(errno.ENOSPC, "no space"), "no space"), (KeyboardInterrupt(), "interrupted")])
-def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, error, words):
+def save_and_flip_a_bit(content, file, save=torch.save):
+    """Write as torch does; then the disk changes a byte in the middle, which is in a tensor."""
+    save(content, file)
+    middle = file.tell() // 2
+    file.seek(middle)
+    byte = file.read(1)[0]
+    file.seek(middle)
+    file.write(bytes([byte ^ 4]))
+    file.seek(0, os.SEEK_END)
+
+
+@pytest.mark.parametrize("function, change, words", [
+    ("os.fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "no space")), "no space"),
+    ("os.fsync", mock.Mock(side_effect=KeyboardInterrupt()), "interrupted"),
+    ("torch.save", save_and_flip_a_bit, "other bytes")])
+def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, function, change, words):
+    torch.save(MOCO, str(tmp_path / "input.pth"))
     (tmp_path / "output.pth").write_text("old")
-    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=error))
-    assert run(tmp_path, MOCO)[0] == 1
+    monkeypatch.setattr(function, change)
+    assert run(tmp_path, None)[0] == 1
     err = capfd.readouterr().err
     assert words in err and err.count("\n") == 1
     assert (tmp_path / "output.pth").read_text() == "old"
