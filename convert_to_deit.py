@@ -99,6 +99,8 @@ def _verify_checksums(path: str) -> bool:
 def _why_unreadable(error: Exception, start: bytes) -> str:
     """Why a reader failed, and what to do next."""
     text = str(error).strip()
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder; pass a file in it"
     if isinstance(error, OSError):
         return f"{error.strerror or text}; check the path"
     if isinstance(error, ImportError) and "safetensors" in text:
@@ -106,13 +108,13 @@ def _why_unreadable(error: Exception, start: bytes) -> str:
     if not start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
         # The first bytes show a web page or a Git LFS pointer for what it is.
         what = f"not a PyTorch checkpoint, it starts with {start!r}" if start else "an empty file"
-        return f"{what}; download it again"
+        return f"{what}; copy or download it again"
     refused = re.search(r"(?:GLOBAL |class '?|Unsupported (?=operand))([\w.]+(?: \d+)?)", text)
     if refused:
         return (f"contains {refused[1]}, which can run code when it is loaded; if you trust the "
                 "file, pass --trust")
     detail = f"{type(error).__name__}: {text[:100]}".splitlines()[0]
-    return f"damaged, cut short or not a PyTorch checkpoint ({detail}); download it again"
+    return f"damaged, cut short or not a PyTorch checkpoint ({detail}); copy or download it again"
 
 
 @contextlib.contextmanager

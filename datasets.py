@@ -239,7 +239,8 @@ class ClassFolders(DatasetFolder):
             self.left_out += left_out
             empty += [] if images else [name]
         if empty:
-            raise ValueError(f"{folder}: no images of the classes {first_five(empty)}")
+            raise ValueError(f"{folder}: no images of the classes {first_five(empty)}; add images, "
+                             "or remove these folders")
         self.targets = [label for _, label in self.samples]
 
 
@@ -361,7 +362,8 @@ def _class_folders(root: str, split: str, transform: Callable, is_image: Callabl
                             (train, set(others) - set(classes))):
             if names:
                 raise ValueError(f"{root}: both splits must have the same class folders; only "
-                                 f"{os.path.basename(path)}/ has {first_five(sorted(names))}")
+                                 f"{os.path.basename(path)}/ has {first_five(sorted(names))}; "
+                                 "rename or remove them, or add them to the other split")
     return ClassFolders(folder, classes, is_image, transform)
 
 
@@ -378,7 +380,8 @@ DATA_SETS = {
         flags=("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")),
     "folder": DataSet(
         functools.partial(_class_folders, is_image=can_open), _missing_folder, ("train/*/*",),
-        "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg", loader=load_photo,
+        "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg (move CLASS/*.jpg that are not "
+        "split into train/)", loader=load_photo,
         flags=("test_split",)),
 }
 

@@ -39,6 +39,8 @@ def check(main: ModuleType, args: Namespace, plan: Plan) -> int:
     ask("GPUs", gpus.describe, args.device, int(os.environ.get("NPROC_PER_NODE") or 1), False)
     if args.output_dir and not args.eval:
         ask("output", folder.check)
+    elif not args.eval:
+        print("output: not checked, --output_dir is missing; the launch needs it")
     start = ask("start", _find_start, args, plan)
     images = ask("data", _load, args)
     if images and start:

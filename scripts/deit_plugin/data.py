@@ -1,4 +1,5 @@
 """The train images of a run, and the images that it evaluates on."""
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
@@ -52,11 +53,21 @@ def _load_split(is_train: bool, args: Namespace) -> Any:
     try:
         missing = row.missing(str(root), split_of(is_train, args))
         advice = elsewhere.advice(row.layout, root, missing[0]) if missing else ""
+        if missing and args.eval and args.hold_out:
+            advice = (f"--hold-out {args.hold_out}, as in the checkpoint's run, evaluates on train "
+                      "images: pass --hold-out 0 to evaluate on test images")
         if advice:
             raise UserError(f"{missing[0]} is missing; {advice}")
         return build_dataset(is_train, args)[0]
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(one_line(error)) from error
+
+
+def names_of(dataset: Any, root: str) -> List[Any]:
+    """The images' paths relative to ``root``, or for CIFAR their indices."""
+    if hasattr(dataset, "samples"):
+        return [os.path.relpath(path, os.path.abspath(root)) for path, _ in dataset.samples]
+    return list(getattr(dataset, "indices", range(len(dataset))))
 
 
 def kind_of_accuracy(args: Namespace) -> str:

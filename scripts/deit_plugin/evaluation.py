@@ -1,7 +1,6 @@
 """Accuracy and loss over the test images of all processes, each counted once; predictions."""
 import csv
 import io
-import os
 from argparse import Namespace
 from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
 
@@ -11,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import convert_to_deit
 
-from .data import Data
+from .data import Data, names_of
 
 
 class Evaluation(NamedTuple):
@@ -103,10 +102,3 @@ def write_predictions(path: str, predictions: List[Tuple[int, float]], data: Dat
                            f"{probability:.6f}"])
         text.flush()
         text.detach()  # atomic_write still needs the file
-
-
-def names_of(dataset: Any, root: str) -> List[Any]:
-    """The images' paths relative to ``root``, or for CIFAR their indices."""
-    if hasattr(dataset, "samples"):
-        return [os.path.relpath(path, os.path.abspath(root)) for path, _ in dataset.samples]
-    return list(getattr(dataset, "indices", range(len(dataset))))

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterable, Iterator, List
 
 import torch
 
+from convert_to_deit import is_sine_cosine
 from datasets import left_out_in_words
 
 from .data import Data, describe, evaluated_on, kind_of_accuracy
@@ -40,23 +41,37 @@ class Narrator:
     def describe(self) -> str:
         """What is trained from what and how, in lines. Reads the start's state."""
         args, plan, origin = self.args, self.plan, self.start.path
-        if self.start.epoch:
+        weights = self.start.state["model"]
+        if self.start.epoch >= args.epochs:
+            origin += f", which has all {args.epochs} epochs: nothing is left to train"
+        elif self.start.epoch:
             origin += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        elif HEAD[0] not in self.start.state["model"]:
+        elif not is_sine_cosine(weights.get("pos_embed")):
+            origin += (" (these are not MoCo v3's pretrained weights: their position embedding is "
+                       "learned, as in supervised or fine-tuned models)")
+        elif HEAD[0] not in weights:
             origin += " (the classifier head is new)"
-        size, rate = self.comparison.settings[BATCH], f"{args.lr:g}"
-        if not getattr(args, "unscale_lr", False):
-            rate += f" x {size} / 512 = {args.lr * size / 512:g}"
         return "\n  ".join([
             f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",
             f"start: {origin}",
             f"output: {args.output_dir}",
             f"effective batch size: {describe_batch(self.comparison, args, plan)}",
-            f"learning rate: {rate}",
+            f"learning rate: {self._describe_rate()}",
             f"evaluation on {evaluated_on(self.data, args)} every "
             f"{count(plan.eval_freq, 'epoch')}, checkpoint.pth every "
             f"{count(plan.save_freq, 'epoch')} and when the accuracy is the best so far",
             *self._left_out(), *self._differences()])
+
+    def _describe_rate(self) -> str:
+        args, rate, text = self.args, self.args.lr, f"{self.args.lr:g}"
+        if not getattr(args, "unscale_lr", False):  # which only DeiT HEAD has
+            size = self.comparison.settings[BATCH]
+            rate = args.lr * size / 512
+            text += f" x {size} / 512 = {rate:g}"
+        if rate < args.min_lr:
+            text += (f", which is below --min-lr {args.min_lr:g}, so that it rises: pass a larger "
+                     "--lr or a smaller --min-lr")
+        return text
 
     def _left_out(self) -> List[str]:
         left_out = sum((getattr(split, "left_out", Counter()) for split in self.data), Counter())

@@ -147,6 +147,8 @@ def _complete(args: argparse.Namespace) -> None:
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.rank = int(os.environ.get("RANK") or 0)  # as DeiT's main does later
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if args.device == "cpu":
+        args.pin_mem = False  # torch would warn that it has no effect
     if args.pin_mem and not hasattr(torch, "inference_mode"):  # which torch 1.9 introduced
         args.pin_mem = False  # older: the pinning thread ends after persistent workers' first epoch
         warnings.warn("--pin-mem has no effect: it needs torch 1.9 or newer", stacklevel=1)
@@ -193,7 +195,7 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             ("adahessian" in args.opt.lower(),
              f"--opt {args.opt}: needs second derivatives, which DistributedDataParallel cannot "
              "compute; the recipes use adamw"),
-            (_mixes(args) and args.batch_size % 2,
+            (_mixes(args) and args.batch_size % 2 and not args.eval,
              f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix"),
             (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1,
              "--cutmix-minmax: takes two numbers from 0 to 1, the smaller first, as 0.2 0.8"),

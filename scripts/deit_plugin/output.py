@@ -19,13 +19,13 @@ import convert_to_deit
 from . import provenance, weights
 from .errors import UserError
 from .options import Plan
-from .words import TEST_IMAGES, differing
+from .words import HELD_OUT, TEST_IMAGES, differing
 
 # Settings that must match the weights of a checkpoint, and its optimizer and EMA.
 OF_WEIGHTS = ("model", "input_size")
 OF_STATE = (*OF_WEIGHTS, "opt", "opt_betas", "opt_eps", "momentum", "weight_decay", "model_ema")
 # Settings that must match for accuracies to be comparable with those in its log.txt.
-OF_ACCURACY = ("data_set", "hold_out", TEST_IMAGES)
+OF_ACCURACY = ("data_set", "hold_out", TEST_IMAGES, HELD_OUT)
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json", "report.png")
 
 
@@ -66,7 +66,7 @@ def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start
         state = weights.read(path, plan.trust)
     except UserError as error:
         if continues:
-            text = str(error).replace("; download it again", "")
+            text = str(error).replace("; copy or download it again", "")
             raise UserError(f"{text}; pass --overwrite to start from scratch, or another "
                             "--output_dir") from None
         raise
@@ -116,6 +116,17 @@ def _is_of_run(path: str, folder: str) -> bool:
     """Whether ``path`` is a file of the run in ``folder``."""
     return bool(folder) and (Path(path).resolve().parent == Path(folder).resolve()
                              and Path(path).name in RUN_FILES)
+
+
+def _comes_from_before(best: Path, epoch: int) -> bool:
+    """Whether a best_checkpoint.pth is there and was written before ``epoch``.
+
+    The run that it belongs to may have trained on since the checkpoint that is continued.
+    """
+    try:
+        return best.exists() and convert_to_deit.load(str(best)).get("epoch", epoch) < epoch
+    except convert_to_deit.CheckpointError:
+        return False
 
 
 def read_log(path: Path) -> List[Dict[str, Any]]:
@@ -198,7 +209,7 @@ class RunFolder:
         with convert_to_deit.atomic_write(str(self.path / "log.txt")) as file:
             file.write(lines.encode())
         best = Path(start.path).with_name("best_checkpoint.pth")
-        if start.parent and not start.continues and best.exists():
+        if start.parent and not start.continues and _comes_from_before(best, start.epoch):
             with convert_to_deit.atomic_write(str(self.path / best.name)) as file, \
                     best.open("rb") as parents:
                 shutil.copyfileobj(parents, file)

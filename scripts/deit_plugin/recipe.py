@@ -1,14 +1,15 @@
 """The settings of a run, complete with its data, beside those of the published recipe."""
+import zlib
 from argparse import Namespace
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from datasets import DATA_SETS
 
-from .data import Data
+from .data import Data, names_of
 from .errors import UserError
 from .loaders import steps_per_epoch
 from .options import Plan, settings_of
-from .words import BATCH, STEPS, TEST_IMAGES, TRAIN_IMAGES, count, differing
+from .words import BATCH, HELD_OUT, STEPS, TEST_IMAGES, TRAIN_IMAGES, count, differing
 
 PROCESSES = 8  # of the published recipes: MoCo v3's transfer/README.md
 
@@ -33,6 +34,9 @@ def compare(args: Namespace, plan: Plan, data: Data) -> Comparison:
     Raises UserError if the train images do not fill one optimizer step.
     """
     settings, published = {**plan.settings, TEST_IMAGES: len(data.test)}, None
+    if args.hold_out:
+        names = [*zip(names_of(data.test, args.data_path), data.test.targets)]
+        settings[HELD_OUT] = f"{zlib.crc32(repr(names).encode(errors='surrogateescape')):08x}"
     if data.train is not None:
         settings[TRAIN_IMAGES] = len(data.train)
         settings[STEPS] = _steps(len(data.train), args, plan.accum_iter)

@@ -129,6 +129,8 @@ def fit(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: str, mod
     if problem:
         fits = recognise(weights).model
         advice = f"; pass --model {fits}" if fits not in (None, model_name) else ""
+        if not headless and fits == model_name:
+            advice = "; pass pretrained weights, which have no classifier head"
         raise UserError(f"{path} does not fit --model {model_name} with "
                         f"{len(own.get(HEAD[0], ()))} classes: {problem}{advice}")
     model.load_state_dict(tensors)

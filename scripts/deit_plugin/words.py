@@ -6,6 +6,7 @@ from datasets import first_five
 # Settings that are no arguments.
 BATCH, STEPS = "effective batch size", "steps per epoch"
 TRAIN_IMAGES, TEST_IMAGES = "train images", "test images"
+HELD_OUT = "checksum of the held-out images' names"
 
 
 def count(number: int, what: str) -> str:
