@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from deit_plugin import evaluation, loaders
+from deit_plugin import evaluation, loaders, weights
 
 
 def test_an_evaluation_over_unequal_classes():
@@ -30,6 +30,21 @@ def test_an_evaluation_over_unequal_classes():
     assert found.correct == numpy.bincount(labels[ranks == 0], minlength=9).tolist()
     assert evaluation.worst_classes(found, list("abcdefghi")).startswith(
         f"{'abcdefgh'[numpy.argmin(per_class)]} {100 * min(per_class):.2f} %")
+
+
+def test_position_embeddings_are_resampled_by_row_and_column():
+    """Channel 0 tells a token's row and channel 1 its column; the class token has 7 in both."""
+    ramp = torch.arange(4.0)
+    tokens = torch.stack([ramp.repeat_interleave(4), ramp.repeat(4)], dim=1)
+    found = torch.cat([torch.full((1, 2), 7.0), tokens])[None]
+    resampled = weights.resample_position_embedding(
+        {"pos_embed": found}, {"pos_embed": torch.zeros(1, 1 + 64, 2)})["pos_embed"]
+    finer = torch.nn.functional.interpolate(ramp.expand(1, 1, 4, 4), size=(8, 8), mode="bicubic",
+                                            align_corners=False)[0, 0, 0]
+    assert not torch.equal(finer, ramp.repeat_interleave(2))
+    expected = torch.stack([finer.repeat_interleave(8), finer.repeat(8)], dim=1)
+    assert torch.equal(resampled[0, 0], torch.tensor([7.0, 7.0]))
+    assert torch.allclose(resampled[0, 1:], expected, atol=1e-6)
 
 
 class Noise(torch.utils.data.Dataset):

@@ -118,6 +118,41 @@ def test_more_epochs_follow_their_own_schedule(flags, tmp_path):
         row["test_acc1"] for row in log_of(child)) > best
 
 
+def test_the_best_of_a_parent_that_trained_on_is_not_taken_over(flags, tmp_path):
+    """Its best_checkpoint.pth is from after the checkpoint that the child continues."""
+    parent, child = tmp_path / "run", tmp_path / "child"
+    flags = [*flags, "--lr", "0.05", "--warmup-epochs", "0"]
+    train("pets", *flags, "--epochs", "1")
+    kept = shutil.copy(parent / "checkpoint.pth", parent / "first.pth")
+    best = saved(parent / "best_checkpoint.pth")
+    torch.save({**best, "epoch": 1}, tmp_path / "later.pth")
+    os.replace(tmp_path / "later.pth", parent / "best_checkpoint.pth")
+    train("pets", *flags, "--resume", kept, "--epochs", "2", "--output_dir", child)
+    done = train("pets", "--eval", "--resume", child / "best_checkpoint.pth", *flags[2:])
+    row = log_of(child)[saved(child / "best_checkpoint.pth")["epoch"]]
+    assert f"test accuracy {row['test_acc1']:.2f} %" in done.stdout
+    assert f"loss {row['test_loss']:.4f}" in done.stdout
+
+
+def scale_losses_by(scale, restored):
+    """A loss scale, which the CPU does not have; what is restored goes to a file."""
+    def change():
+        from timm.utils import NativeScaler
+
+        NativeScaler.state_dict = lambda _: {"scale": scale}
+        NativeScaler.load_state_dict = lambda _, state: restored.write_text(str(state["scale"]))
+
+    return change
+
+
+def test_the_loss_scale_is_restored(flags, tmp_path):
+    before = scale_losses_by(1024, tmp_path / "restored")
+    train("pets", *flags, "--epochs", "1", before=before)
+    child = ["--output_dir", tmp_path / "child", "--resume", tmp_path / "run" / "checkpoint.pth"]
+    train("pets", *flags, *child, before=before)
+    assert (tmp_path / "restored").read_text() == "1024"
+
+
 def test_a_photo_more_is_another_run(data, flags, tmp_path):
     own = shutil.copytree(data / "folder", tmp_path / "own")
     flags = [*flags, "--data-set", "folder", "--data-path", own]

@@ -201,6 +201,12 @@ def test_a_held_out_run_never_looks_at_test_images(data, flags, tmp_path):
         last)
     assert "is missing" in error_of(fork("flowers", *evaluate, "--hold-out", "0",
                                          small=False))
+    labels = scipy.io.loadmat(str(flowers / "setid.mat"))
+    labels["trnid"] = labels["trnid"][:, ::-1]  # as many images, but others are held out
+    scipy.io.savemat(str(flowers / "setid.mat"),
+                     {name: value for name, value in labels.items() if name[0] != "_"})
+    line = error_of(fork("flowers", *evaluate, small=False))
+    assert "held-out images" in line and "restore" in line
 
 
 def test_training_evaluates_on_val_and_test_split_on_test(data, flags, tmp_path):

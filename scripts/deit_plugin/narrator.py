@@ -54,7 +54,7 @@ class Narrator:
         return "\n  ".join([
             f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",
             f"start: {origin}",
-            f"output: {args.output_dir}",
+            *([f"output: {args.output_dir}"] if args.output_dir else []),  # --check needs none
             f"effective batch size: {describe_batch(self.comparison, args, plan)}",
             f"learning rate: {self._describe_rate()}",
             f"evaluation on {evaluated_on(self.data, args)} every "

@@ -101,6 +101,9 @@ def check_start(start: Start, settings: Dict[str, Any], args: Namespace, plan: P
                 start.parent is None or given["path"] != first["path"]):
             different.append(f"--resume {plan.resume} with checksum {given['crc32']} (there: "
                              f"{first['path']}, {first['crc32']})")
+    if before.get("hold_out") == settings["hold_out"] and (
+            before.get(HELD_OUT) != settings.get(HELD_OUT)):
+        advice = "train images were added, removed or renamed since: restore them"
     if different:
         raise UserError(f"{start.path} comes from a run with other settings: "
                         f"{', '.join(different)}; {advice}")
