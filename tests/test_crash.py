@@ -13,16 +13,8 @@ import time
 import pytest
 
 from conftest import error_of, log_of, rates_of, saved, train
-from launches import (
-    after_saving,
-    end_of,
-    fork,
-    kill_all,
-    processes_of,
-    running,
-    wait_for,
-    wait_for_epochs,
-)
+from launches import after_saving, fork
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 LONG = ["--epochs", "500", "--save-freq", "100"]  # longer than any test
 

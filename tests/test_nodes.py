@@ -13,19 +13,8 @@ import sys
 import pytest
 
 from conftest import error_of, log_of, train
-from launches import (
-    ROOT,
-    command,
-    end_of,
-    environment,
-    fork,
-    free_port,
-    kill_all,
-    processes_of,
-    running,
-    wait_for,
-    wait_for_epochs,
-)
+from launches import ROOT, command, environment, fork, free_port
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 
 @contextlib.contextmanager

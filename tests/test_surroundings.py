@@ -12,21 +12,8 @@ import time
 import pytest
 
 from conftest import error_of, log_of, saved, train
-from launches import (
-    ROOT,
-    SCRIPTS,
-    after_saving,
-    command,
-    end_of,
-    environment,
-    fork,
-    kill_all,
-    kill_itself,
-    launch,
-    processes_of,
-    running,
-    wait_for_epochs,
-)
+from launches import ROOT, SCRIPTS, after_saving, command, environment, fork, kill_itself, launch
+from underway import end_of, kill_all, processes_of, running, wait_for_epochs
 
 
 def test_odd_surroundings_change_nothing(flags, tmp_path):
