@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,20 @@ def checkpoint(tmp_path_factory):
 def flags(data, checkpoint, tmp_path):
     """What a Pets run needs: weights, data, and a folder, which is tmp_path / "run"."""
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
+
+
+def copy_deit(folder):
+    """A copy of the DeiT, to be changed; the folder."""
+    return Path(shutil.copytree(DEIT, folder, ignore=shutil.ignore_patterns(".git")))
+
+
+def copy_bundle(folder, *tests):
+    """Copy what users copy, and tests if named, into a folder that may exist; the folder."""
+    for name in ("scripts", *tests):
+        shutil.copytree(ROOT / name, folder / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
 
 
 def train(recipe, *flags, **options):

@@ -71,7 +71,7 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, 
     """
     shown = subprocess.run(
         command(recipe, *flags, scripts=scripts, small=small), capture_output=True, text=True,
-        env=environment(processes, **{**variables, "PYTHON": TESTS / "show_command"}))
+        env=environment(processes, **{"PYTHON": TESTS / "show_command", **variables}))
     if shown.returncode:
         return shown
     per_node, world_size, *words = shown.stdout.split("\0")[:-1]

@@ -6,15 +6,15 @@ import subprocess
 import time
 from pathlib import Path
 
-from launches import command, environment
+from launches import SCRIPTS, command, environment
 
 
 @contextlib.contextmanager
-def running(recipe, *flags, **variables):
+def running(recipe, *flags, scripts=SCRIPTS, **variables):
     """A launch that is under way; ended with all its processes when the block is left."""
     process = subprocess.Popen(
-        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(**variables))
+        command(recipe, *flags, scripts=scripts), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment(**variables))
     try:
         yield process
     finally:
