@@ -194,6 +194,7 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
     own = shutil.copytree(data / "folder", tmp_path / "own")
     flags = [*flags, "--data-set", "folder", "--data-path", own, "--num_workers", "1", "--check"]
     good = train("pets", *flags)
+    assert "on folder: 43 train and 6 test images, 3 classes" in good.stdout
     assert "class bee has 14 train images, class ant has 15" in good.stdout
     assert "ok       data worker: hands over a batch" in good.stdout
     assert "ok       duplicates: no image" in good.stdout and "warning" not in good.stdout

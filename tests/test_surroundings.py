@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from conftest import error_of, log_of, saved, train
-from launches import SCRIPTS, after_saving, fork, kill_itself, launch
+from conftest import error_of, log_of, train
+from launches import SCRIPTS, fork, launch
 from underway import end_of, kill_all, processes_of, running, wait_for_epochs
 
 
@@ -144,32 +144,3 @@ def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags,
                 FINETUNE_FIRST_FAILURE=tmp_path / "first")
     assert "data worker cannot hand over" in done.stderr and "Traceback" not in done.stderr
     assert done.returncode and time.monotonic() - began < 60
-
-
-def test_output_is_calm_and_verbose_brings_deit_s_lines(flags, tmp_path):
-    calm = train("pets", *flags, "--epochs", "4", "--eval-freq", "4")
-    lines = calm.stdout.splitlines()
-    assert [line for line in lines if line.startswith("Epoch")] == lines[-6:-2]
-    assert len(lines) < 16 and re.match(r"Epoch 1 of 4: loss [\d.]+, learning rate 1e-06; "
-                                        r"0:00:\d\d so far, about 0:00:\d\d to go", lines[-6])
-
-    def often():
-        from deit_plugin import progress
-
-        progress.SECONDS_BETWEEN_LINES = 0
-
-    told = train("pets", *flags, "--output_dir", tmp_path / "told", before=often)
-    assert re.search(r"  batch 2 of 6, loss [\d.]+, [\d.]+ images/s, about 0:00:00 to go",
-                     told.stdout)
-    assert "  test batch 1 of 2, " in told.stdout
-    verbose = train("pets", *flags, "--output_dir", tmp_path / "verbose", "--verbose")
-    assert "Epoch: [0]" in verbose.stdout and "Epoch 1 of 2" in verbose.stdout
-
-
-def test_so_far_counts_the_whole_run(flags, tmp_path):
-    """Also the part before it was killed."""
-    fork("pets", *flags, before=after_saving(kill_itself))
-    log = tmp_path / "run" / "log.txt"
-    log.write_text(log.read_text().replace('"train_seconds": ', '"train_seconds": 3600'))
-    assert re.search(r"Epoch 2 of 2: .*; [1-9]\d*:\d\d:\d\d so far", train("pets", *flags).stdout)
-    assert saved(tmp_path / "run" / "checkpoint.pth")["epoch"] == 1
