@@ -2,35 +2,71 @@
 
 That a killed run continues as if it had never stopped is in test_journey.py, for all recipes.
 """
+import contextlib
 import os
 import random
 import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from conftest import error_of, log_of, rates_of, saved, train
+from deit_plugin import surroundings
 from launches import after_saving, fork
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
-LONG = ["--epochs", "500", "--save-freq", "100"]  # longer than any test
+# Longer than any test; with a save after the first 100 epochs.
+LONG = ["--epochs", "500", "--save-freq", "100", "--eval-freq", "400"]
+INTERRUPTED = "interrupted: .*{}; the same command continues\n"
 
 
-@pytest.mark.parametrize("name, processes", [("SIGTERM", 2), ("SIGINT", 1), ("SIGKILL", 1)])
-def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path):
-    """And every data worker."""
-    flags = [*flags, *LONG, "--num_workers", "1"]
+@pytest.mark.parametrize("name, to_all, processes, status, says, more", [
+    ("SIGTERM", False, 2, 143, "", []),
+    ("SIGINT", False, 1, 130, INTERRUPTED.format("nothing saved yet"), []),
+    ("SIGINT", True, 1, 130, INTERRUPTED.format("epochs? of 500 are saved in .*checkpoint.pth"),
+     ["--save-freq", "1"]),
+], ids=["end", "interrupt", "Ctrl-C"])
+def test_ending_a_launch_ends_every_process(name, to_all, processes, status, says, more, flags,
+                                            tmp_path):
+    """And every data worker. Ctrl-C, which a terminal sends to all of them, says what is saved."""
+    flags = [*flags, *LONG, "--num_workers", "1", *more]
     with running("pets", *flags, processes=processes) as run:
-        wait_for_epochs(tmp_path / "run")
+        wait_for_epochs(tmp_path / "run", 2)
         assert len(processes_of(tmp_path)) >= 2 * processes
         if name == "SIGTERM":
             assert "another run" in error_of(fork("pets", *flags, processes=processes))
-        run.send_signal(getattr(signal, name))
+        for process in [run.pid, *(processes_of(tmp_path) if to_all else ())]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, getattr(signal, name))
         wait_for(lambda: not processes_of(tmp_path), seconds=20)
-        assert "Traceback" not in end_of(run).stderr
+        done = end_of(run)
+    assert done.returncode == status and re.fullmatch(says, done.stderr)
+
+
+def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path, monkeypatch):
+    """No process, and a temporary folder that is not in use any more."""
+    def left_by_the_next_launch():
+        with surroundings.temporary_folder() as used:
+            assert Path(used).parent == Path(folder)
+        return set(os.listdir(folder))
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        os.mkdir(f"{folder}/finetune-results")  # somebody's
+        with running("pets", *flags, *LONG, "--num_workers", "1", TMPDIR=folder) as run:
+            wait_for_epochs(tmp_path / "run")
+            own = set(os.listdir(folder)) - {"finetune-results"}
+            assert len(own) == 1 and own < left_by_the_next_launch()  # it is in use
+            run.kill()
+            wait_for(lambda: not processes_of(tmp_path), seconds=20)
+        assert own < set(os.listdir(folder))
+        assert left_by_the_next_launch() == {"finetune-results"}
 
 
 @pytest.mark.parametrize("processes, workers, status, says", [

@@ -1,19 +1,14 @@
 """What shells, clusters and earlier launches leave behind, and folders that are not only ours."""
-import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-
-import pytest
 
 from conftest import error_of, log_of, train
 from launches import SCRIPTS, fork, launch
-from underway import end_of, kill_all, processes_of, running, wait_for_epochs
+from underway import end_of, processes_of, running, wait_for_epochs
 
 
 def test_odd_surroundings_change_nothing(data, checkpoint, tmp_path):
@@ -74,34 +69,6 @@ def test_help_without_exec_bits_or_a_deit_and_with_another_shell(tmp_path):
         for name in ("pets.sh", "launch.sh"):
             refused = subprocess.run(["sh", scripts / name], capture_output=True, text=True)
             assert "bash" in error_of(refused)
-
-
-@pytest.mark.parametrize("save_freq, says", [("1", "epochs? of 500 are saved in .*checkpoint.pth"),
-                                             ("400", "nothing saved yet")])
-def test_ctrl_c_says_where_the_run_stands(save_freq, says, flags, tmp_path):
-    flags = [*flags, "--epochs", "500", "--save-freq", save_freq, "--eval-freq", "400"]
-    with running("pets", *flags) as run:
-        wait_for_epochs(tmp_path / "run", 2)
-        for process in [run.pid, *processes_of(tmp_path)]:  # a terminal tells all of them
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGINT)
-        done = end_of(run)
-    assert done.returncode == 130
-    assert re.fullmatch(f"interrupted: .*{says}; the same command continues\n", done.stderr)
-
-
-def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path):
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path
-        os.mkdir(f"{folder}/finetune-results")  # somebody's
-        with running("pets", *flags, "--epochs", "500", TMPDIR=folder) as run:
-            wait_for_epochs(tmp_path / "run")
-            own = set(os.listdir(folder)) - {"finetune-results"}
-            launch("pets", *flags, "--epochs", "0", TMPDIR=folder)
-            assert len(own) == 1 and own < set(os.listdir(folder))  # it is in use
-            kill_all(run, tmp_path)
-        assert own < set(os.listdir(folder))
-        launch("pets", *flags, "--epochs", "0", TMPDIR=folder)
-        assert os.listdir(folder) == ["finetune-results"]
 
 
 def test_files_of_others_in_the_folder_are_kept(flags, tmp_path):
