@@ -43,15 +43,15 @@ def command(recipe, *flags, scripts=SCRIPTS, small=True):
     return [str(part) for part in words]
 
 
-def as_published(words, script=(TESTS / "published.py",)):
+def as_published(words):
     """The complete command of a launch, with the published procedure in place of finetune.py.
 
     Flags that DeiT does not have are ignored there.
     """
-    complete = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
-                              env=environment()).stdout
-    return [str(part) for word in shlex.split(complete)
-            for part in (script if word.endswith("/finetune.py") else [word])]
+    shown = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
+                           env=environment()).stdout
+    return [str(TESTS / "published.py") if word.endswith("/finetune.py") else word
+            for word in shlex.split(shown)]
 
 
 def launch(recipe, *flags, scripts=SCRIPTS, **variables):
@@ -70,15 +70,16 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, 
     script, to change what it imports; by_hand: as if no launcher had started it.
     """
     shown = subprocess.run(
-        command(recipe, *flags, scripts=scripts, small=small), capture_output=True, text=True,
-        env=environment(processes, **{"PYTHON": TESTS / "show_command", **variables}))
-    if shown.returncode:
+        command(recipe, "--dry-run", *flags, scripts=scripts, small=small), capture_output=True,
+        text=True, env=environment(processes, **variables))
+    if shown.returncode or not shown.stdout.startswith("env "):
         return shown
-    per_node, world_size, *words = shown.stdout.split("\0")[:-1]
+    words = shlex.split(shown.stdout)
     start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
+    given = dict(word.split("=", 1) for word in words[1:start] if "=" in word)
     by_hand = by_hand or "--nnodes" not in words[:start]  # as --check and --all-flags
-    variables = {"WORLD_SIZE": world_size, **environment(processes, **variables),
-                 "NPROC_PER_NODE": per_node}
+    variables = {**given, **environment(processes, **variables),
+                 "NPROC_PER_NODE": given["NPROC_PER_NODE"]}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port)} for port in [free_port()] for rank in range(processes)]
     return fork_script(script or words[start], *words[start + 1:], variables=variables,
