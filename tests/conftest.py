@@ -110,6 +110,12 @@ def rates_of(folder):
     return [row["train_lr"] for row in log_of(folder)]
 
 
+def results_of(folder):
+    """The log without its times."""
+    return [{name: value for name, value in row.items() if "seconds" not in name}
+            for row in log_of(folder)]
+
+
 def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):
     """Linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
     def rate(epoch):

@@ -80,9 +80,20 @@ def test_a_process_that_is_killed_is_named(processes, workers, status, says, fla
     assert re.search(says, error_of(done, status)) and not processes_of(tmp_path)
 
 
-def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
+def test_a_finished_run_and_files_of_others_are_kept(flags, tmp_path):
+    """Also under --overwrite, which deletes only what is named in run.json."""
     run, own = tmp_path / "run", tmp_path / "run" / "checkpoint.pth"
-    train("pets", *flags)
+    run.mkdir()
+    (run / "log.txt").write_text("my notes")
+    (run / "best_checkpoint.pth").write_text("mine")
+    train("pets", *flags, "--overwrite")
+    assert (run / "log.txt.old").read_text() == "my notes" and len(log_of(run)) == 2
+    assert (run / "best_checkpoint.pth.old").read_text() == "mine"
+
+    (run / "report.png").write_text("ours")
+    (run / "notes.md").write_text("mine")
+    with open(run / "log.txt", "a") as log:
+        log.write('{"a": 1}\n[3]\n')
     before = own.read_bytes()
     assert "nothing left to train" in train("pets", *flags).stdout
     assert "nothing left to train" in train("pets", *flags[2:], "--resume", own).stdout
@@ -96,9 +107,12 @@ def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
     assert str(own) in damaged and "--overwrite" in damaged
     train("pets", *flags, "--weight-decay", "0.3", "--epochs", "1", "--overwrite")
     assert [row["epoch"] for row in log_of(run)] == [0]
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock", "best_checkpoint.pth", "best_checkpoint.pth.old", "checkpoint.pth", "log.txt",
+        "log.txt.old", "notes.md", "run.json"]
     own.unlink()
     train("pets", *flags, "--epochs", "1")  # a log is not thrown away
-    assert len(log_of(run)) == 1 and (run / "log.txt.old").exists()
+    assert len(log_of(run)) == 1 and (run / "log.txt.old2").exists()
 
 
 def limit_file_size():
@@ -128,6 +142,29 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_pat
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
     line = error_of(fork("pets", *flags, "--lr", "1e30", "--warmup-epochs", "0"), status=1)
     assert "not finite" in line and "--lr" in line
+
+
+def break_the_feeder():
+    """A data worker's thread that hands over images fails, as with a socket's path too long."""
+    from multiprocessing import reduction
+
+    from deit_plugin import loaders
+
+    begin = loaders.begin_data_worker
+
+    def begin_and_break(number):
+        begin(number)
+        reduction.ForkingPickler.dumps = None
+
+    loaders.begin_data_worker = begin_and_break
+
+
+def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags, tmp_path):
+    began = time.monotonic()
+    done = fork("pets", *flags, "--num_workers", "1", before=break_the_feeder,
+                FINETUNE_FIRST_FAILURE=tmp_path / "first")
+    assert "data worker cannot hand over" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode and time.monotonic() - began < 60
 
 
 KILLS, EPOCHS = 20, 30

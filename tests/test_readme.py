@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conftest import copy_bundle
-from launches import DEIT, ROOT, SCRIPTS, TESTS, environment, fork, launch
+from launches import DEIT, ROOT, SCRIPTS, TESTS, environment, fork, fork_script, launch
 
 README = (ROOT / "README.md").read_text()
 
@@ -39,18 +39,18 @@ def run(folder, commands):
     return done
 
 
-def test_the_smoke_test_learns_and_its_result_can_be_used(folder):
+def test_the_smoke_test_learns_and_its_result_can_be_used(folder, monkeypatch):
     image = next((folder / "data" / "smoke" / "jpg").glob("*.jpg"))
     shutil.copy(image, folder / "cat.jpg")
     (folder / "photos").mkdir()
     shutil.copy(image, folder / "photos")
-    commands = block("Use the result").replace("out/pets", "out/smoke")
-    predict, export = commands.splitlines()
-    run(folder, predict)
+    predict, _ = block("Use the result").splitlines()  # the other is in test_use.py
+    run(folder, predict.replace("out/pets", "out/smoke"))
     label = (folder / "labels.csv").read_text().splitlines()[1].split(",")[1]
     snippet = block("Use the result", "python").replace("out/pets", "out/smoke")
-    printed = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True,
-                             text=True, env=environment(DEIT_DIR=DEIT))
+    (folder / "snippet.py").write_text(snippet)
+    monkeypatch.chdir(folder)
+    printed = fork_script("snippet.py", variables=environment())
     assert printed.stdout.split() == [label], printed.stderr
     evaluate = re.search(r"\*\*Evaluate:\*\* `(.*?)`", README)[1].replace("pets", "smoke").replace(
         "smoke.sh", "pets.sh")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import generate
-from conftest import ERAS, assert_rates, error_of, log_of, rates_of, saved, train
+from conftest import ERAS, assert_rates, error_of, log_of, rates_of, results_of, saved, train
 from launches import after_saving, fork, kill_itself
 
 
@@ -26,9 +26,7 @@ AUGMENTED = ["--reprob", "0.5", "--drop-path", "0.3", "--mixup", "0.8", "--cutmi
 
 def assert_identical(run, other):
     """Losses, accuracies, weights, EMA and optimizer are equal bit for bit."""
-    logs = [[{name: value for name, value in row.items() if "seconds" not in name}
-             for row in log_of(folder)] for folder in (run, other)]
-    assert logs[0] == logs[1]
+    assert results_of(run) == results_of(other)
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
         states = [saved(folder / name) for folder in (run, other)]
         for part in ("model", "model_ema"):
