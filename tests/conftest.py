@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,20 @@ def flags(data, checkpoint, tmp_path):
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
 
 
+def copy_deit(folder):
+    """A copy of the DeiT, to be changed; the folder."""
+    return Path(shutil.copytree(DEIT, folder, ignore=shutil.ignore_patterns(".git")))
+
+
+def copy_bundle(folder, *tests):
+    """Copy what users copy, and tests if named, into a folder that may exist; the folder."""
+    for name in ("scripts", *tests):
+        shutil.copytree(ROOT / name, folder / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
+
+
 def train(recipe, *flags, **options):
     """As ``fork``, and it must succeed."""
     done = fork(recipe, *flags, **options)
@@ -93,6 +108,12 @@ def log_of(folder):
 
 def rates_of(folder):
     return [row["train_lr"] for row in log_of(folder)]
+
+
+def results_of(folder):
+    """The log without its times."""
+    return [{name: value for name, value in row.items() if "seconds" not in name}
+            for row in log_of(folder)]
 
 
 def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):

@@ -1,9 +1,8 @@
-"""Launches of a recipe: as users do it, under way to be killed, or forked to save time.
+"""Launches of a recipe: as users do it, or forked to save time. Those to kill are in underway.py.
 
 The DeiT is the miniature in mini_deit/ or, with DEIT_DIR set, a real checkout. Most tests need one
 process and one era of the miniature (its HEAD); where two or all matter, the test says so.
 """
-import contextlib
 import multiprocessing
 import os
 import runpy
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from multiprocessing import connection
 from pathlib import Path
 
@@ -62,25 +60,6 @@ def launch(recipe, *flags, scripts=SCRIPTS, **variables):
                           timeout=300, env=environment(**variables))
 
 
-@contextlib.contextmanager
-def running(recipe, *flags, **variables):
-    """A launch that is under way; ended with all its processes when the block is left."""
-    process = subprocess.Popen(
-        command(recipe, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(**variables))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
-
-
-def end_of(run, timeout=60):
-    """Wait for the end of a launch that is under way; the completed process."""
-    output = run.communicate(timeout=timeout)
-    return subprocess.CompletedProcess(run.args, run.returncode, *output)
-
-
 def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, before=None,
          by_hand=False, **variables):
     """What ``launch`` does, without torch's launcher: its processes are forked from this one.
@@ -91,15 +70,16 @@ def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, 
     script, to change what it imports; by_hand: as if no launcher had started it.
     """
     shown = subprocess.run(
-        command(recipe, *flags, scripts=scripts, small=small), capture_output=True, text=True,
-        env=environment(processes, **{**variables, "PYTHON": TESTS / "show_command"}))
-    if shown.returncode:
+        command(recipe, "--dry-run", *flags, scripts=scripts, small=small), capture_output=True,
+        text=True, env=environment(processes, **variables))
+    if shown.returncode or not shown.stdout.startswith("env "):
         return shown
-    per_node, world_size, *words = shown.stdout.split("\0")[:-1]
+    words = shlex.split(shown.stdout)
     start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
+    given = dict(word.split("=", 1) for word in words[1:start] if "=" in word)
     by_hand = by_hand or "--nnodes" not in words[:start]  # as --check and --all-flags
-    variables = {"WORLD_SIZE": world_size, **environment(processes, **variables),
-                 "NPROC_PER_NODE": per_node}
+    variables = {**given, **environment(processes, **variables),
+                 "NPROC_PER_NODE": given["NPROC_PER_NODE"]}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port)} for port in [free_port()] for rank in range(processes)]
     return fork_script(script or words[start], *words[start + 1:], variables=variables,
@@ -175,47 +155,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# Waiting and killing
-
-
-def wait_for(condition, seconds=120, pause=0.05):
-    """Poll until ``condition()`` is true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(pause)
-
-
-def wait_for_epochs(folder, epochs=1, seconds=120):
-    """Until the log of the run in ``folder`` has that many lines."""
-    log = folder / "log.txt"
-    wait_for(lambda: log.exists() and len(log.read_bytes().splitlines()) >= epochs, seconds)
-
-
-def processes_of(folder):
-    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (entry / "cmdline").read_bytes()
-            if b"finetune.py" in line and b"launcher.py" not in line and bytes(folder) in line:
-                found.append(int(entry.name))
-    return found
-
-
-def kill_all(run, folder):
-    """``kill -9`` for every process of a launch, as when its machine goes down."""
-    def none_is_left():
-        left = processes_of(folder)  # also those that were just forked
-        for process in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        return not left
-
-    run.kill()
-    wait_for(none_is_left, seconds=20)
 
 
 def after_saving(action):

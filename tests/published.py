@@ -54,10 +54,14 @@ DATA_SETS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "flowers": (flowers,
              "imagenet": (imagenet, 3)}  # as many classes as generate.py makes
 
 
-def imagenet_transform(is_train, args):
-    """DeiT's: by timm for training, and like MoCo v3's for evaluation, but bicubic."""
-    size = args.input_size
-    if is_train:
+NORMALISED = [transforms.ToTensor(),
+              transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+
+
+def transform_of(is_train, args):
+    """MoCo v3's; for ImageNet DeiT's, by timm for training, and bicubic for evaluation."""
+    size, is_imagenet = args.input_size, args.data_set == "imagenet"
+    if is_train and is_imagenet:
         made = create_transform(
             input_size=size, is_training=True, color_jitter=args.color_jitter,
             auto_augment=args.aa, interpolation=args.train_interpolation, re_prob=args.reprob,
@@ -65,27 +69,22 @@ def imagenet_transform(is_train, args):
         if size <= 32:
             made.transforms[0] = transforms.RandomCrop(size, padding=4)
         return made
-    resized = int(size / getattr(args, "eval_crop_ratio", 224 / 256))
-    resize = [transforms.Resize(resized, interpolation=3), transforms.CenterCrop(size)]
-    return transforms.Compose([*(resize if size > 32 else []), transforms.ToTensor(),
-                               transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
-
-
-def build_dataset(is_train, args):
-    size = args.input_size
-    if args.data_set == "imagenet":
-        dataset, classes = imagenet(Path(args.data_path), is_train), DATA_SETS["imagenet"][1]
-        dataset.transform = imagenet_transform(is_train, args)
-        return dataset, classes
     if is_train:
         steps = [transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)),
                  transforms.RandomHorizontalFlip()]
+    elif is_imagenet:
+        resized = int(size / getattr(args, "eval_crop_ratio", 224 / 256))
+        steps = [transforms.Resize(resized, interpolation=3), transforms.CenterCrop(size)]
+        steps = steps if size > 32 else []
     else:
         steps = [transforms.Resize(int((256 / 224) * size)), transforms.CenterCrop(size)]
+    return transforms.Compose([*steps, *NORMALISED])
+
+
+def build_dataset(is_train, args):
     make, classes = DATA_SETS[args.data_set]
     dataset = make(Path(args.data_path), is_train)
-    dataset.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(
-        IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    dataset.transform = transform_of(is_train, args)
     return dataset, classes
 
 

@@ -52,21 +52,18 @@ def assert_same(run, other):
 
 
 @pytest.mark.parametrize("era", ERAS)
-@pytest.mark.parametrize("processes, accum_iter", [
-    (1, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_fewer_processes_train_what_four_train(era, processes, accum_iter, tuned):
-    assert_same(tuned(era, processes, accum_iter), tuned(era, 4, 1))
+@pytest.mark.parametrize("processes, accum_iter, options", [
+    (1, 4, {}), pytest.param(2, 2, {}, marks=pytest.mark.slow),
+    (1, 4, {"by_hand": True, "WORLD_SIZE": "8"}),  # no launcher, but a variable of something else
+])
+def test_fewer_processes_train_what_four_train(era, processes, accum_iter, options, tuned):
+    assert_same(tuned(era, processes, accum_iter, **options), tuned(era, 4, 1))
 
 
 def test_a_wrong_gradient_would_be_found(tuned):
     """Four times as large, as without averaging."""
     wrong = tuned(ERAS[-1], 1, 4, before=sum_four_losses)
     assert distance(wrong, tuned(ERAS[-1], 4, 1)) > 1e-3
-
-
-def test_without_a_launcher(tuned):
-    """And with a variable that something else has left."""
-    assert_same(tuned(ERAS[-1], 1, 4, by_hand=True, WORLD_SIZE="8"), tuned(ERAS[-1], 4, 1))
 
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])

@@ -2,43 +2,71 @@
 
 That a killed run continues as if it had never stopped is in test_journey.py, for all recipes.
 """
+import contextlib
 import os
 import random
 import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from conftest import error_of, log_of, rates_of, saved, train
-from launches import (
-    after_saving,
-    end_of,
-    fork,
-    kill_all,
-    processes_of,
-    running,
-    wait_for,
-    wait_for_epochs,
-)
+from deit_plugin import surroundings
+from launches import after_saving, fork
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
-LONG = ["--epochs", "500", "--save-freq", "100"]  # longer than any test
+# Longer than any test; with a save after the first 100 epochs.
+LONG = ["--epochs", "500", "--save-freq", "100", "--eval-freq", "400"]
+INTERRUPTED = "interrupted: .*{}; the same command continues\n"
 
 
-@pytest.mark.parametrize("name, processes", [("SIGTERM", 2), ("SIGINT", 1), ("SIGKILL", 1)])
-def test_ending_the_launcher_ends_every_process(name, processes, flags, tmp_path):
-    """And every data worker."""
-    flags = [*flags, *LONG, "--num_workers", "1"]
+@pytest.mark.parametrize("name, to_all, processes, status, says, more", [
+    ("SIGTERM", False, 2, 143, "", []),
+    ("SIGINT", False, 1, 130, INTERRUPTED.format("nothing saved yet"), []),
+    ("SIGINT", True, 1, 130, INTERRUPTED.format("epochs? of 500 are saved in .*checkpoint.pth"),
+     ["--save-freq", "1"]),
+], ids=["end", "interrupt", "Ctrl-C"])
+def test_ending_a_launch_ends_every_process(name, to_all, processes, status, says, more, flags,
+                                            tmp_path):
+    """And every data worker. Ctrl-C, which a terminal sends to all of them, says what is saved."""
+    flags = [*flags, *LONG, "--num_workers", "1", *more]
     with running("pets", *flags, processes=processes) as run:
-        wait_for_epochs(tmp_path / "run")
+        wait_for_epochs(tmp_path / "run", 2)
         assert len(processes_of(tmp_path)) >= 2 * processes
         if name == "SIGTERM":
             assert "another run" in error_of(fork("pets", *flags, processes=processes))
-        run.send_signal(getattr(signal, name))
+        for process in [run.pid, *(processes_of(tmp_path) if to_all else ())]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, getattr(signal, name))
         wait_for(lambda: not processes_of(tmp_path), seconds=20)
-        assert "Traceback" not in end_of(run).stderr
+        done = end_of(run)
+    assert done.returncode == status and re.fullmatch(says, done.stderr)
+
+
+def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path, monkeypatch):
+    """No process, and a temporary folder that is not in use any more."""
+    def left_by_the_next_launch():
+        with surroundings.temporary_folder() as used:
+            assert Path(used).parent == Path(folder)
+        return set(os.listdir(folder))
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        os.mkdir(f"{folder}/finetune-results")  # somebody's
+        with running("pets", *flags, *LONG, "--num_workers", "1", TMPDIR=folder) as run:
+            wait_for_epochs(tmp_path / "run")
+            own = set(os.listdir(folder)) - {"finetune-results"}
+            assert len(own) == 1 and own < left_by_the_next_launch()  # it is in use
+            run.kill()
+            wait_for(lambda: not processes_of(tmp_path), seconds=20)
+        assert own < set(os.listdir(folder))
+        assert left_by_the_next_launch() == {"finetune-results"}
 
 
 @pytest.mark.parametrize("processes, workers, status, says", [
@@ -52,9 +80,20 @@ def test_a_process_that_is_killed_is_named(processes, workers, status, says, fla
     assert re.search(says, error_of(done, status)) and not processes_of(tmp_path)
 
 
-def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
+def test_a_finished_run_and_files_of_others_are_kept(flags, tmp_path):
+    """Also under --overwrite, which deletes only what is named in run.json."""
     run, own = tmp_path / "run", tmp_path / "run" / "checkpoint.pth"
-    train("pets", *flags)
+    run.mkdir()
+    (run / "log.txt").write_text("my notes")
+    (run / "best_checkpoint.pth").write_text("mine")
+    train("pets", *flags, "--overwrite")
+    assert (run / "log.txt.old").read_text() == "my notes" and len(log_of(run)) == 2
+    assert (run / "best_checkpoint.pth.old").read_text() == "mine"
+
+    (run / "report.png").write_text("ours")
+    (run / "notes.md").write_text("mine")
+    with open(run / "log.txt", "a") as log:
+        log.write('{"a": 1}\n[3]\n')
     before = own.read_bytes()
     assert "nothing left to train" in train("pets", *flags).stdout
     assert "nothing left to train" in train("pets", *flags[2:], "--resume", own).stdout
@@ -68,9 +107,12 @@ def test_a_finished_run_and_what_would_overwrite_it(flags, tmp_path):
     assert str(own) in damaged and "--overwrite" in damaged
     train("pets", *flags, "--weight-decay", "0.3", "--epochs", "1", "--overwrite")
     assert [row["epoch"] for row in log_of(run)] == [0]
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock", "best_checkpoint.pth", "best_checkpoint.pth.old", "checkpoint.pth", "log.txt",
+        "log.txt.old", "notes.md", "run.json"]
     own.unlink()
     train("pets", *flags, "--epochs", "1")  # a log is not thrown away
-    assert len(log_of(run)) == 1 and (run / "log.txt.old").exists()
+    assert len(log_of(run)) == 1 and (run / "log.txt.old2").exists()
 
 
 def limit_file_size():
@@ -100,6 +142,29 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_pat
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
     line = error_of(fork("pets", *flags, "--lr", "1e30", "--warmup-epochs", "0"), status=1)
     assert "not finite" in line and "--lr" in line
+
+
+def break_the_feeder():
+    """A data worker's thread that hands over images fails, as with a socket's path too long."""
+    from multiprocessing import reduction
+
+    from deit_plugin import loaders
+
+    begin = loaders.begin_data_worker
+
+    def begin_and_break(number):
+        begin(number)
+        reduction.ForkingPickler.dumps = None
+
+    loaders.begin_data_worker = begin_and_break
+
+
+def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags, tmp_path):
+    began = time.monotonic()
+    done = fork("pets", *flags, "--num_workers", "1", before=break_the_feeder,
+                FINETUNE_FIRST_FAILURE=tmp_path / "first")
+    assert "data worker cannot hand over" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode and time.monotonic() - began < 60
 
 
 KILLS, EPOCHS = 20, 30

@@ -1,6 +1,10 @@
 """What a user does wrong ends in one line that names it; and what works though it looks odd."""
+import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,11 +12,19 @@ from timm.models.vision_transformer import VisionTransformer
 
 import arguments as mini_deit
 import generate
-from conftest import error_of, log_of, train
+from conftest import copy_bundle, copy_deit, error_of, log_of, train
 from datasets import DATA_SETS
 from deit_plugin import errors, options, recipe, weights
 from deit_plugin.data import Data
-from launches import ROOT, environment, fork, launch
+from launches import SCRIPTS, fork, launch
+from underway import end_of, processes_of, running, wait_for_epochs
+
+YOURS = ["--data-path", "pets", "--output_dir", "out"]
+OF_RECIPE = "--data-set pets --reprob 0 --mixup 0.8 --cutmix 0 --aa of-the-recipe --your-flags"
+
+
+def parse(flags):
+    return options.parse(mini_deit, DATA_SETS, [*OF_RECIPE.split(), *YOURS, *flags.split()])
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -21,8 +33,8 @@ from launches import ROOT, environment, fork, launch
     ("--cutmix-minmax 0.2", "two numbers"),
     ("--input-size 100", "multiple of 16"), ("--start_epoch 5", "--start_epoch 5"),
     ("--remode no_such", "pixel"), ("--device CPU", "cuda"), ("--sched no_such", "cosine"),
-    ("--batch-size 7 --cutmix 0", "must be even"), ("--batch-size 7 --mixup 0", "must be even"),
-    ("--bce-loss --mixup 0 --cutmix 0", "--mixup or --cutmix"), ("--bce-loss", "--smoothing 0"),
+    ("--batch-size 7", "must be even"), ("--batch-size 7 --mixup 0 --cutmix 1", "must be even"),
+    ("--bce-loss --mixup 0", "--mixup or --cutmix"), ("--bce-loss", "--smoothing 0"),
     ("--finetune a.pth", "--resume"), ("--distillation-type hard", "--distillation-type"),
     ("--output-dir out", "did you mean --output_dir"), ("--dryrun", "--dry-run"),
     ("--sched step --decay-epochs 0", "--decay-epochs 0"), ("--eval-crop-ratio 0", "ratio 0.0"),
@@ -31,34 +43,27 @@ from launches import ROOT, environment, fork, launch
     ("--model vit_tiny_patch16_384", "--input-size 384"), ("--predictions a.csv", "--eval"),
     ("--epochs many", "many"), ("--data-set imagnet", "imagenet"),
     ("--data-path=", "--data-path is missing"), ("--output_dir=", "--output_dir is missing"),
+    ("--test-split", "--test-split: needs --eval"),
+    ("--aa rand", "--aa has no effect on --data-set pets"), ("--color-jitter 0.4", "jitter has no"),
+    ("--train-interpolation random", "interpolation has"), ("--eval-crop-ratio 1", "ratio has no"),
+    ("--resplit", "--resplit has no effect"), ("--inat-category x", "category has no effect"),
+    ("--dist-eval", "eval has no"), ("--src", "--src has no effect without --ThreeAugment"),
+    ("--mixup 0 --mixup-mode elem", "no effect without --mixup"),
+    ("--decay-rate 0.2", "no effect with --sched cosine"), ("--remode rand", "with --reprob 0"),
+    ("--ThreeAugment --reprob 0.2", "--reprob has no effect with --ThreeAugment"),
 ])
-def test_a_value_that_cannot_work_is_refused_in_one_line(flags, says):
-    arguments = "--data-set pets --data-path pets --output_dir out " + flags
+def test_a_flag_that_cannot_work_or_has_no_effect_is_refused_in_one_line(flags, says):
     with pytest.raises(errors.UserError) as refusal:
-        options.parse(mini_deit, DATA_SETS, arguments.split())
+        parse(flags)
     assert says in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--aa rand", "--aa has no effect on --data-set pets"), ("--color-jitter 0.4", "jitter has"),
-    ("--train-interpolation random", "interpolation has"), ("--eval-crop-ratio 1", "ratio has"),
-    ("--resplit", "--resplit has"), ("--inat-category x", "category has"),
-    ("--dist-eval", "eval has"), ("--src", "--src has no effect without --ThreeAugment"),
-    ("--mixup-mode elem", None), ("--mixup 0 --mixup-mode elem", "no effect without --mixup"),
-    ("--ThreeAugment --src --color-jitter 0.1", None), ("--decay-rate 0.2", "--sched cosine"),
-    ("--ThreeAugment --reprob 0.2", "--reprob has no effect with --ThreeAugment"),
-    ("--reprob 0.2 --remode rand", None), ("--remode rand", "no effect with --reprob 0"),
-])
-def test_a_flag_without_effect_is_refused_if_the_user_gave_it(flags, says):
-    recipe = "--data-set pets --reprob 0 --mixup 0.8 --cutmix 0 --aa of-the-recipe --your-flags"
-    words = f"{recipe} --data-path pets --output_dir out {flags}".split()
-    if says is None:
-        args, plan = options.parse(mini_deit, DATA_SETS, words)
-        assert "aa" not in plan.settings
-        assert ("color_jitter" in plan.settings) == args.ThreeAugment
-    else:
-        with pytest.raises(errors.UserError, match=says):
-            options.parse(mini_deit, DATA_SETS, words)
+@pytest.mark.parametrize("flags", [
+    "--mixup-mode elem", "--ThreeAugment --src --color-jitter 0.1", "--reprob 0.2 --remode rand"])
+def test_a_flag_of_the_recipe_may_be_without_effect(flags):
+    args, plan = parse(flags)
+    assert "aa" not in plan.settings
+    assert ("color_jitter" in plan.settings) == args.ThreeAugment
 
 
 RECIPE = ("--data-set flowers --batch-size 128 --no-repeated-aug --your-flags --data-path flowers "
@@ -103,108 +108,73 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["--resume", ""], "--resume is missing"), (["--eval"], "no classifier head"),
-    (["--opt", "no_such"], "--opt no_such"),
-    (["--resume", "/nowhere.pth"], "/nowhere.pth"), (["--data-path", "/nowhere"], "/nowhere"),
-    (["--model", "no_such_model"], "no_such_model"), (["--model", "resnet18"], "--model resnet18"),
-    (["--batch-size", "400"], "no whole step"), (["--device", "cuda"], "--device cpu"),
-    (["--output_dir", __file__], __file__), (["--data-path", "/"], "/annotations/trainval.txt"),
-    (["--data-set", "imagenet", "--aa", "no_such"], "--aa no_such"),
-    (["--data-set", "imagenet", "--train-interpolation", "no_such"], "no_such"),
-    (["--output-dir", "x"], "did you mean --output_dir"),
+    ("--resume=", "--resume is missing"), ("--eval", "no classifier head"),
+    ("--opt no_such", "--opt no_such"), ("--resume /nowhere.pth", "/nowhere.pth"),
+    ("--data-path /nowhere", "/nowhere"), ("--model no_such_model", "no_such_model"),
+    ("--model resnet18", "--model resnet18"), ("--batch-size 400", "no whole step"),
+    ("--device cuda", "--device cpu"), (f"--output_dir {__file__}", __file__),
+    ("--data-path /", "/annotations/trainval.txt"), ("--output-dir x", "did you mean --output_dir"),
+    ("--data-set imagenet --aa no_such", "--aa no_such"),
+    ("--data-set imagenet --train-interpolation no_such", "no_such"),
+    ("--data-set cifar10 --data-path=~/cifar", "cannot download"),
+    ({"NPROC_PER_NODE": "abc"}, "NPROC_PER_NODE=abc"), ({"NNODES": "0"}, "NNODES=0"),
+    ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: must be 0 to 1"),
+    ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT=b:"),
+    ({"PYTHON": "/no/python"}, "/no/python"), ({"DEIT_DIR": None}, "DEIT_DIR.*git clone"),
+    ({"DEIT_DIR": "/nowhere"}, "DEIT_DIR=/nowhere.*git clone"),
 ])
-def test_a_mistake_ends_in_one_line(wrong, says, flags):
-    assert says in error_of(fork("pets", *flags, *wrong, CUDA_VISIBLE_DEVICES=""))
-
-
-@pytest.mark.parametrize("variables, says", [
-    ({"NPROC_PER_NODE": "abc"}, ["NPROC_PER_NODE=abc"]), ({"NNODES": "0"}, ["NNODES=0"]),
-    ({"NNODES": "2", "NODE_RANK": "2"}, ["NODE_RANK=2: must be 0 to 1"]),
-    ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, ["MASTER_PORT=b:"]),
-    ({"PYTHON": "/no/python"}, ["/no/python"]), ({"DEIT_DIR": None}, ["DEIT_DIR", "git clone"]),
-    ({"DEIT_DIR": "/nowhere"}, ["DEIT_DIR=/nowhere", "git clone"]),
-])
-def test_a_launch_that_cannot_start_says_why(variables, says):
-    line = error_of(launch("pets", **variables))
-    assert all(words in line for words in says)
+def test_a_mistake_ends_in_one_line_before_anything_is_written(wrong, says, flags, tmp_path):
+    """A wrong flag, or a variable of the environment."""
+    variables = {"CUDA_VISIBLE_DEVICES": "", "HOME": tmp_path, "https_proxy": "http://127.0.0.1:9"}
+    if isinstance(wrong, str):
+        flags += wrong.split()
+    else:
+        variables.update(wrong)
+    assert re.search(says, error_of(fork("pets", *flags, **variables)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_copied_into_a_checkout_with_another_package_named_datasets(flags, tmp_path):
-    checkout, other = tmp_path / "deit", tmp_path / "site" / "datasets"
-    shutil.copytree(environment()["DEIT_DIR"], checkout, ignore=shutil.ignore_patterns(".git"))
-    shutil.copytree(ROOT / "scripts", checkout / "scripts")
+    checkout, other = copy_bundle(copy_deit(tmp_path / "deit")), tmp_path / "site" / "datasets"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("raise SystemExit('the wrong datasets')")
     options = {"scripts": checkout / "scripts", "PYTHONPATH": str(tmp_path / "site"),
                "DEIT_DIR": None}
-    assert "convert_to_deit" in error_of(fork("pets", *flags, **options))  # was not copied
-    shutil.copy(ROOT / "convert_to_deit.py", checkout)
-    line = error_of(fork("pets", *flags, **options))
-    assert "copy" in line and "datasets.py" in line
-    for name in ("datasets.py", "oxford_flowers_dataset.py", "oxford_pets_dataset.py"):
-        shutil.copy(ROOT / name, checkout)
     assert "on pets" in train("pets", *flags, **options).stdout
-    (checkout / "models.py").write_text("from timm import gone")
-    line = error_of(fork("pets", *flags, **options))
-    assert "gone" in line and "requirements.txt" in line and str(checkout) in line
+    for module, content, words in (
+            ("models", "from timm import gone", ["gone", "requirements.txt", str(checkout)]),
+            ("datasets", "# DeiT's", ["copy", "datasets.py"]),
+            ("convert_to_deit", None, ["'convert_to_deit'"])):  # was not copied
+        path = checkout / f"{module}.py"
+        path.unlink() if content is None else path.write_text(content)
+        line = error_of(fork("pets", *flags, **options))
+        assert all(word in line for word in words)
+
+
+def test_beside_modules_that_are_named_as_deit_s(flags, tmp_path):
+    """DeiT's modules win there, and a module from elsewhere is named."""
+    project = copy_bundle(tmp_path / "project")
+    (project / "utils").mkdir()
+    for path in (project / "main.py", project / "utils" / "__init__.py"):
+        path.write_text("raise SystemExit('the wrong module')")
+    train("pets", *flags, scripts=project / "scripts")
+
+    def import_another():
+        sys.path.insert(0, str(tmp_path))
+        import engine  # noqa: F401
+
+    (tmp_path / "engine.py").touch()
+    line = error_of(fork("pets", *flags, scripts=project / "scripts", before=import_another))
+    assert str(tmp_path / "engine.py") in line
 
 
 def test_a_bug_in_every_process_shows_one_traceback(flags, tmp_path):
-    deit = tmp_path / "deit"
-    shutil.copytree(environment()["DEIT_DIR"], deit, ignore=shutil.ignore_patterns(".git"))
+    deit = copy_deit(tmp_path / "deit")
     with open(deit / "engine.py", "a") as engine:
         engine.write("\n\ndef train_one_epoch(*_, **__):\n    raise RuntimeError('a bug')\n")
-    done = launch("pets", *flags, processes=2, DEIT_DIR=str(deit))
+    done = launch("pets", *flags, processes=2, DEIT_DIR=deit)
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1, done.stderr
     assert done.stderr.endswith("RuntimeError: a bug\n")
-
-
-def test_links_tilde_and_a_cluster_s_variables(data, checkpoint, tmp_path):
-    """In a real launch: links in odd places; what software of a cluster leaves behind."""
-    (tmp_path / "bin").mkdir()
-    for link, target in (("bin/pets.sh", ROOT / "scripts" / "pets.sh"), ("data", data / "pets"),
-                         ("linked", ROOT / "scripts"), ("start.pth", checkpoint)):
-        (tmp_path / link).symlink_to(target)
-    flags = ["--resume=~/start.pth", "--data-path=~/data", "--output_dir=~/run"]
-    done = launch("pets", *flags, scripts=tmp_path / "bin", MASTER_ADDR="192.0.2.1", RANK="3",
-                  MASTER_PORT="29500", NODE_RANK="1", HOME=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert len(log_of(tmp_path / "run")) == 2
-    linked = train("pets", *flags, scripts=tmp_path / "linked", HOME=str(tmp_path))
-    assert "nothing left" in linked.stdout
-
-
-TRANSFER = ("--epochs 100 --lr 3e-4 --warmup-epochs 3 --no-pin-mem --no-repeated-aug "
-            "--eval-freq 10 ")
-
-
-@pytest.mark.parametrize("recipe, flags", [
-    ("cifar10",
-     TRANSFER + "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.8 --cutmix 1"),
-    ("cifar100",
-     TRANSFER + "--weight-decay 0.1 --reprob 0.0 --drop-path 0.1 --mixup 0.5 --cutmix 1"),
-    ("flowers",
-     TRANSFER + "--weight-decay 0.3 --reprob 0.25 --drop-path 0.1 --mixup 0 --cutmix 0"),
-    ("pets", TRANSFER + "--weight-decay 0.1 --reprob 0 --drop-path 0 --mixup 0.8 --cutmix 0"),
-    ("imagenet", "--epochs 150 --your-flags --dry-run"),  # the rest are DeiT's defaults
-])
-def test_dry_run_prints_the_recipe_so_that_it_can_be_pasted(recipe, flags, tmp_path):
-    odd = tmp_path / "a b'c"
-    printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
-    flags = flags.replace(" --dry-run", "")
-    for part in (f"--batch-size 128 --data-set {recipe} {flags}", "--nproc_per_node 8",
-                 "--model deit_base_patch16_224"):
-        assert part in printed
-    pasted = subprocess.run(printed, shell=True, stdout=subprocess.PIPE, check=True, text=True)
-    assert pasted.stdout.rstrip("\n").endswith(f"--output_dir {odd}")
-
-
-def test_help_explains_without_a_deit():
-    done = launch("pets", "--help", DEIT_DIR=None, PYTHON=None)
-    for word in ("DEIT_DIR", "NPROC_PER_NODE", "--dry-run", "--resume", "--accum-iter"):
-        assert word in done.stdout
-    listed = launch("pets", "--all-flags").stdout
-    assert "--model-ema-decay" in listed and "--accum-iter" in listed
 
 
 def test_check_says_ready_and_writes_nothing(flags, tmp_path):
@@ -228,6 +198,7 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
     own = shutil.copytree(data / "folder", tmp_path / "own")
     flags = [*flags, "--data-set", "folder", "--data-path", own, "--num_workers", "1", "--check"]
     good = train("pets", *flags)
+    assert "on folder: 43 train and 6 test images, 3 classes" in good.stdout
     assert "class bee has 14 train images, class ant has 15" in good.stdout
     assert "ok       data worker: hands over a batch" in good.stdout
     assert "ok       duplicates: no image" in good.stdout and "warning" not in good.stdout
@@ -263,3 +234,63 @@ def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, 
     few = fork("pets", *flags, "--check", "--repeated-aug", "--accum-iter", "8")
     assert "49 // 256 * 256 train images" in few.stdout and "8 (--accum-iter)" in few.stdout
     assert few.returncode == 2
+
+
+def test_odd_surroundings_change_nothing(data, checkpoint, tmp_path):
+    """Links and a tilde; `nohup ... | head -1`; a job folder with a long path; and what Kubernetes,
+    software of a cluster, and users of Python leave in the environment."""
+    long = tmp_path / ("job" * 20) / "tmp"
+    for folder in (long, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    for link, target in (("bin/pets.sh", SCRIPTS / "pets.sh"), ("linked", SCRIPTS),
+                         ("data", data / "pets"), ("start.pth", checkpoint)):
+        (tmp_path / link).symlink_to(target)
+    flags = ["--resume=~/start.pth", "--data-path=~/data", "--output_dir"]
+    odd = {"PET_MAX_RESTARTS": "3", "PET_RDZV_ENDPOINT": "192.0.2.1:1", "PET_NNODES": "2",
+           "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500", "NODE_RANK": "1", "RANK": "3",
+           "HOME": tmp_path, "TMPDIR": long, "PYTHONSAFEPATH": "1"}
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
+    with running("pets", *flags, tmp_path / "run", "--num_workers", "1", "--epochs", "20",
+                 processes=2, scripts=tmp_path / "bin", **odd) as run:
+        signal.signal(signal.SIGHUP, handler)
+        run.stdout.readline()
+        run.stdout.close()
+        run.stdout = None
+        wait_for_epochs(tmp_path / "run")
+        for process in [run.pid, *processes_of(tmp_path)]:
+            os.kill(process, signal.SIGHUP)
+        done = end_of(run)
+    assert (done.returncode, done.stderr) == (0, "") and len(log_of(tmp_path / "run")) == 20
+    odd.update(RANK="", WORLD_SIZE="", LOCAL_RANK="")
+    done = launch("pets", *flags, "~/run", "--hold-out", "0.2", processes=2,
+                  scripts=tmp_path / "linked", **odd)
+    assert "--hold-out 0.2 (there: 0.0)" in error_of(done)  # by one process, about the same run
+    for script in ("report.py", "predict.py", "export.py"):
+        subprocess.run([sys.executable, "-OO", SCRIPTS / script, "--help"], check=True,
+                       stdout=subprocess.DEVNULL)
+
+
+def test_too_few_gpus_are_named_before_any_process_starts(flags, tmp_path):
+    counter = tmp_path / "sitecustomize.py"  # Python imports it at its start
+    counter.write_text(f"open({str(tmp_path / 'started')!r}, 'a').write('x')")
+    line = error_of(launch("pets", *flags, "--device", "cuda", processes=8, PYTHONPATH=tmp_path,
+                           CUDA_VISIBLE_DEVICES=""))
+    assert "NPROC_PER_NODE=8" in line and "0 GPUs" in line and "--device cpu" in line
+    assert (tmp_path / "started").read_text() == "x"
+    check = fork("pets", *flags, "--device", "cuda", "--check", processes=8,
+                 CUDA_VISIBLE_DEVICES="")
+    assert "GPUs: not checked" in check.stdout and "needs 8" in check.stdout
+
+
+def test_help_without_exec_bits_or_a_deit_and_with_another_shell(tmp_path):
+    scripts = shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    for path in scripts.glob("*.sh"):
+        path.chmod(0o644)
+    done = launch("pets", "--help", scripts=scripts, DEIT_DIR=None, PYTHON=None)
+    for word in ("DEIT_DIR", "NPROC_PER_NODE", "--dry-run", "--resume", "--accum-iter"):
+        assert word in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    if "bash" not in os.path.realpath("/bin/sh"):
+        for name in ("pets.sh", "launch.sh"):
+            refused = subprocess.run(["sh", scripts / name], capture_output=True, text=True)
+            assert "bash" in error_of(refused)

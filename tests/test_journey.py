@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from conftest import TRAIN_IMAGES, assert_rates, cells, log_of, saved, train
-from launches import (
-    MODEL,
-    after_saving,
-    end_of,
-    fork,
-    kill_all,
-    kill_itself,
-    running,
-    wait_for,
-)
+from launches import MODEL, after_saving, fork, kill_itself
+from underway import end_of, kill_all, running, wait_for
 
 # Of some 100 ms each in the miniature: time to kill.
 EPOCHS, WARMUP = 12 if "micro" in MODEL else 5, 2

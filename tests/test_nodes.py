@@ -12,20 +12,9 @@ import sys
 
 import pytest
 
-from conftest import error_of, log_of, train
-from launches import (
-    ROOT,
-    command,
-    end_of,
-    environment,
-    fork,
-    free_port,
-    kill_all,
-    processes_of,
-    running,
-    wait_for,
-    wait_for_epochs,
-)
+from conftest import error_of, log_of, results_of, train
+from launches import ROOT, command, environment, fork, free_port
+from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 
 @contextlib.contextmanager
@@ -46,9 +35,7 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
     assert "16 = 2 processes x 8 images" in done[0].stdout
     assert "Fine-tuning" not in done[1].stdout  # one node speaks for all
     train("pets", *flags, "--output_dir", tmp_path / "one", processes=2)
-    logs = [[{name: value for name, value in row.items() if "seconds" not in name}
-             for row in log_of(tmp_path / name)] for name in ("run", "one")]
-    assert logs[0] == logs[1]
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "one")
 
 
 @pytest.mark.parametrize("changed, says", [

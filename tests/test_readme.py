@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from launches import DEIT, ROOT, environment
+from conftest import copy_bundle
+from launches import DEIT, ROOT, SCRIPTS, TESTS, environment, fork, fork_script, launch
 
 README = (ROOT / "README.md").read_text()
 
@@ -20,11 +21,7 @@ def block(heading, language="bash"):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A copy of the bundle, with the miniature DeiT or DEIT_DIR's, where the smoke test has run."""
-    folder = tmp_path_factory.mktemp("bundle")
-    for name in ("scripts", "tests"):
-        shutil.copytree(ROOT / name, folder / name)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
+    folder = copy_bundle(tmp_path_factory.mktemp("bundle"), "tests")
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (folder / "bin" / "python").chmod(0o755)
@@ -42,18 +39,18 @@ def run(folder, commands):
     return done
 
 
-def test_the_smoke_test_learns_and_its_result_can_be_used(folder):
+def test_the_smoke_test_learns_and_its_result_can_be_used(folder, monkeypatch):
     image = next((folder / "data" / "smoke" / "jpg").glob("*.jpg"))
     shutil.copy(image, folder / "cat.jpg")
     (folder / "photos").mkdir()
     shutil.copy(image, folder / "photos")
-    commands = block("Use the result").replace("out/pets", "out/smoke")
-    predict, export = commands.splitlines()
-    run(folder, predict)
+    predict, _ = block("Use the result").splitlines()  # the other is in test_use.py
+    run(folder, predict.replace("out/pets", "out/smoke"))
     label = (folder / "labels.csv").read_text().splitlines()[1].split(",")[1]
     snippet = block("Use the result", "python").replace("out/pets", "out/smoke")
-    printed = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True,
-                             text=True, env=environment(DEIT_DIR=DEIT))
+    (folder / "snippet.py").write_text(snippet)
+    monkeypatch.chdir(folder)
+    printed = fork_script("snippet.py", variables=environment())
     assert printed.stdout.split() == [label], printed.stderr
     evaluate = re.search(r"\*\*Evaluate:\*\* `(.*?)`", README)[1].replace("pets", "smoke").replace(
         "smoke.sh", "pets.sh")
@@ -69,23 +66,29 @@ def test_the_demo(folder):
 def test_every_link_and_flag_in_readme_exists():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    known = subprocess.run(["bash", ROOT / "scripts" / "pets.sh", "--all-flags"],
-                           capture_output=True, text=True, env=environment(DEIT_DIR=DEIT)).stdout
-    known += (ROOT / "scripts" / "launch.sh").read_text() + "".join(
-        path.read_text() for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"),
-                                      ROOT / "tests" / "generate.py"])
+    known = "".join(path.read_text() for path in (
+        *ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"), TESTS / "generate.py",
+        SCRIPTS / "launch.sh"))
+    listed = fork("pets", "--all-flags").stdout
+    assert "--model-ema-decay" in listed and "--accum-iter" in listed
     foreign = {"--gpus-per-node", "--cpus-per-task"}  # sbatch's
     for flag in set(re.findall(r"(?<![-\w])--[a-z][-\w]+", README)) - foreign:
-        assert flag in known, flag
+        assert flag in known + listed, flag
 
 
-def test_the_table_of_recipes_is_what_the_scripts_pass():
-    rows = re.findall(r"\| `scripts/(\w+)\.sh` \| (.*?) \| [\d.]+ % \|", README)
-    assert len(rows) == 5
-    for recipe, cells in rows:
-        script = (ROOT / "scripts" / f"{recipe}.sh").read_text()
-        for flag, value in zip(("weight-decay", "reprob", "drop-path", "mixup", "cutmix"),
-                               cells.split(" | ")):
-            passed = re.search(rf"--{flag} (\S+)", script)
-            if recipe != "imagenet":  # whose values are DeiT's defaults
-                assert float(passed[1]) == float(value), (recipe, flag)
+@pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "flowers", "pets", "imagenet"])
+def test_dry_run_prints_the_recipe_of_the_table_so_that_it_can_be_pasted(recipe, tmp_path):
+    odd = tmp_path / "a b'c"
+    printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
+    row = re.search(rf"\| `scripts/{recipe}\.sh` \| (.*?) \| [\d.]+ % \|", README)[1].split(" | ")
+    if recipe == "imagenet":  # whose row has DeiT's defaults
+        flags = "--epochs 150 --your-flags"
+    else:
+        flags = ("--epochs 100 --lr 3e-4 --warmup-epochs 3 --no-pin-mem --no-repeated-aug "
+                 "--eval-freq 10 --weight-decay {} --reprob {} --drop-path {} --mixup {} "
+                 "--cutmix {} ").format(*(rf"{value}(\.0)?" for value in row))
+    for part in (f"--batch-size 128 --data-set {recipe} {flags}", "--nproc_per_node 8",
+                 "--model deit_base_patch16_224"):
+        assert re.search(part, printed)
+    pasted = subprocess.run(printed, shell=True, stdout=subprocess.PIPE, check=True, text=True)
+    assert pasted.stdout.rstrip("\n").endswith(f"--output_dir {odd}")

@@ -36,27 +36,50 @@ TRUSTED = {"weights_only": False} if hasattr(torch.serialization, "add_safe_glob
 
 def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     folder = tmp_path / "run"
-    done = train("pets", *flags, "--weight-decay", "0.2")
+    done = train("pets", *flags, "--weight-decay", "0.2", "--epochs", "4", "--eval-freq", "2",
+                 processes=2)
     assert done.stdout.count("; test accuracy") == 2  # said once for each evaluation
     assert "Accuracy of the network" not in done.stdout and "Namespace" not in done.stdout
-    assert "8 = 1 process x 8 images" in done.stdout
-    assert re.findall(r"Epoch (\d) of 2: .* to go", done.stdout) == ["1", "2"]
-    *_, best, report = done.stdout.splitlines()
+    assert "16 = 2 processes x 8 images" in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) < 16 and [line for line in lines if line.startswith("Epoch")] == lines[-6:-2]
+    for number, line in enumerate(lines[-6:-2], start=1):
+        assert re.match(rf"Epoch {number} of 4: loss [\d.]+, learning rate \S+; .*"
+                        r"0:00:\d\d so far, about 0:00:\d\d to go", line)
+    *_, best, report = lines
     assert "Best" in best and str(folder / "best_checkpoint.pth") in best
     assert f"report.py {folder}" in report
     rows = log_of(folder)
-    assert f"{max(row['test_acc1'] for row in rows):.2f} %" in best
+    assert f"{max(row.get('test_acc1', 0) for row in rows):.2f} %" in best
     assert all(row["train_seconds"] > 0 for row in rows)
 
     facts = json.loads((folder / "run.json").read_text())
     assert len(facts["classes"]) == 37
     settings = facts["settings"]
-    assert settings["effective batch size"] == 8 and settings["weight_decay"] == 0.2
-    for differs in ("--weight-decay 0.2 (published: 0.1)", "--epochs 2 (published: 100)",
-                    "effective batch size 8 (published: 1024)",
+    assert settings["effective batch size"] == 16 and settings["weight_decay"] == 0.2
+    for differs in ("--weight-decay 0.2 (published: 0.1)", "--epochs 4 (published: 100)",
+                    "effective batch size 16 (published: 1024)",
                     "49 train images (published: 3680)", "21 test images (published: 3669)"):
         assert differs in facts["differs"] and differs in done.stdout
     assert not any("--lr" in text or "--drop-path" in text for text in facts["differs"])
+    launch = facts["launches"][0]
+    assert launch["versions"]["torch"] == torch.__version__ and launch["processes"] == 2
+    assert launch["started"] <= launch["ended"] and str(checkpoint) in launch["command"]
+    assert facts["origin"]["path"] == str(checkpoint) and len(launch["machines"]) == 1
+    assert set(launch["bundle"]) == {"folder", "commit", "modified"}
+
+
+def test_verbose_brings_deit_s_lines_and_a_long_epoch_its_batches(flags):
+    def often():
+        from deit_plugin import progress
+
+        progress.SECONDS_BETWEEN_LINES = 0
+
+    said = train("pets", *flags, "--verbose", before=often, PATH="/bin").stdout  # perhaps no git
+    assert re.search(r"  batch 2 of 6, loss [\d.]+, [\d.]+ images/s, about 0:00:00 to go", said)
+    for words in ("  test batch 1 of 2, ", "Epoch: [0]", "Epoch 1 of 2", "learning rate 1e-06; ",
+                  "8 = 1 process x 8 images"):
+        assert words in said
 
 
 def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, tmp_path):
@@ -74,38 +97,17 @@ def test_epochs_without_evaluation_claim_no_accuracy_and_train_the_same(flags, t
     assert "--model-ema True (there: False)" in error_of(fork("pets", *flags))
 
 
-@pytest.fixture(scope="module")
-def tuned(data, checkpoint, tmp_path_factory):
-    """The folder of a Pets run that has learnt something."""
-    folder = tmp_path_factory.mktemp("tuned")
-    train("pets", "--resume", checkpoint, "--data-path", data / "pets", "--output_dir", folder,
-          "--lr", "1e-1", "--warmup-epochs", "0", "--epochs", "1")
-    return folder
-
-
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_evaluation_counts_every_image_once(processes, data, tuned, tmp_path):
-    """Of a checkpoint as plain DeiT writes it, over any number of processes."""
-    path = tmp_path / "deit.pth"
-    torch.save({**saved(tuned / "checkpoint.pth"), "args": argparse.Namespace(lr=1e-3)}, path)
-    done = train("pets", "--eval", "--resume", path, "--data-path", data / "pets",
-                 processes=processes)
-    row = log_of(tuned)[0]
-    assert done.stdout.count(": test accuracy") == 1
-    assert f"test accuracy {row['test_acc1']:.2f} %, top-5 {row['test_acc5']:.2f} %" in done.stdout
-    assert f"loss {row['test_loss']:.4f}" in done.stdout and "21 images" in done.stdout
-
-
-def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(data, tuned, tmp_path):
+def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(flags, tmp_path):
     """As with DeiT: --resume names a run's checkpoint, --output_dir another folder."""
-    flags = ["--data-path", data / "pets", "--output_dir", tmp_path / "run", "--epochs", "2",
-             "--lr", "1e-1", "--warmup-epochs", "0"]
-    own = tuned / "checkpoint.pth"
+    own = tmp_path / "run" / "checkpoint.pth"
+    train("pets", *flags, "--epochs", "1")
+    flags += ["--output_dir", tmp_path / "other"]
     few = fork("pets", *flags, "--resume", own, "--epochs", "1")
     assert "pass more --epochs" in error_of(few)
     plain = saved(own)
     del plain["settings"], plain["origin"]
-    torch.save(plain, tmp_path / "deit.pth")  # as plain DeiT's, but for the type of "args"
+    plain["args"] = argparse.Namespace(**plain["args"])
+    torch.save(plain, tmp_path / "deit.pth")  # as plain DeiT's
     for path in (own, tmp_path / "deit.pth"):
         other = fork("pets", *flags, "--resume", path, "--weight-decay", "0.3")
         assert "--weight-decay 0.3 (there: 0.1)" in error_of(other)
@@ -116,21 +118,26 @@ def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(data, tuned, tmp_
     torch.save(groups, tmp_path / "other_commit.pth")
     assert "another DeiT commit" in error_of(
         fork("pets", *flags, "--resume", tmp_path / "other_commit.pth"))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_own_images_train_and_evaluate(data, flags, tmp_path):
-    """test_accumulation.py continues such a run."""
+    """On val/, or valid/; on test/ if it is asked for or alone. test_accumulation.py continues."""
     run, own = tmp_path / "run", shutil.copytree(data / "folder", tmp_path / "own")
-    flags = [*flags, "--data-set", "folder", "--data-path", own]
-    for options in (["--check"], []):
-        done = train("pets", *flags, *options)
-        assert "on folder: 43 train and 6 test images, 3 classes" in done.stdout
+    (own / "val").rename(own / "valid")
+    shutil.copytree(own / "valid", own / "test")
+    next((own / "test" / "ant").iterdir()).unlink()
+    flags += ["--data-set", "folder", "--data-path", own]
+    done = train("pets", *flags)
+    assert "on folder: 43 train and 6 test images, 3 classes" in done.stdout
+    assert f"evaluation on 6 images of {own}/valid" in done.stdout
     assert json.loads((run / "run.json").read_text())["classes"] == ["ant", "bee", "cow"]
     assert saved(run / "checkpoint.pth")["model"]["head.weight"].shape[0] == 3
     evaluate = [*flags, "--eval", "--resume", run / "checkpoint.pth"]
-    (own / "val").rename(own / "test")
-    assert "on 6 images" in train("pets", *evaluate).stdout
+    assert f"on 6 images of {own}/valid" in train("pets", *evaluate).stdout
+    assert f"on 5 images of {own}/test" in train("pets", *evaluate, "--test-split").stdout
+    shutil.rmtree(own / "valid")
+    assert "on 5 images" in train("pets", *evaluate).stdout
     for changed, its in ((["--model", OTHER_MODEL], MODEL), (["--input-size", "64"], "32")):
         assert f"{' '.join(changed)} (there: {its})" in error_of(fork("pets", *evaluate, *changed))
     for split in ("train", "test"):
