@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survive a fork
 
 import pytest  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & ignores
 
 import generate  # noqa: E402
 from launches import DEIT, DEPTH, REAL_DEIT, ROOT, SCRIPTS, TESTS, WIDTH, fork  # noqa: E402
@@ -57,7 +60,7 @@ def data(tmp_path_factory):
 def checkpoint(tmp_path_factory):
     """A converted checkpoint that fits MODEL; if CONVERTED names a path, that one."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    converted = Path(os.environ.get("CONVERTED", folder / "converted.pth"))
+    converted = Path(os.environ.get("CONVERTED", folder / "converted.pth")).resolve()
     if not converted.exists():
         generate.moco_checkpoint(folder / "moco.pth.tar", width=WIDTH, depth=DEPTH)
         subprocess.run([sys.executable, ROOT / "convert_to_deit.py", "--input",

@@ -78,11 +78,11 @@ def files_in(folder):
     *[(name, size, {}) for name in ("cifar10", "cifar100", "flowers", "pets")
       for size in (57, 224)],
     *[("imagenet", size, more) for size in (32, 57, 224)
-      for more in ({"eval_crop_ratio": 0.9}, {})]])
+      for more in ({"eval_crop_ratio": 0.9}, {"aa": None})]])
 def test_images_labels_and_transforms_are_the_published_ones(data, name, size, more, is_train):
     args = Namespace(data_set=name, data_path=str(data / name), input_size=size, remode="pixel",
                      reprob=0.25 if name == "imagenet" else 0.0, recount=1, color_jitter=0.3,
-                     aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", **more)
+                     train_interpolation="bicubic", **{"aa": "rand-m9-mstd0.5-inc1", **more})
     found, names = [], []
     for build_dataset in (published.build_dataset, datasets.build_dataset):
         dataset, classes = build_dataset(is_train, args)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from conftest import error_of
 from launches import ROOT
+from report import LoggedRun
 
 
 def epoch_line(epoch, accuracy=None, per_class=None):
@@ -25,7 +26,7 @@ def epoch_line(epoch, accuracy=None, per_class=None):
 def make_run(folder, log=None, differs=(), best=90.0, last=89.5, **settings):
     """A finished run of 4 epochs, or one with another log."""
     folder.mkdir(parents=True)
-    finished = "".join([epoch_line(0, 50.0), epoch_line(1), epoch_line(2, best),
+    finished = "".join([epoch_line(0, 50.0, 40.0), epoch_line(1), epoch_line(2, best),
                         epoch_line(3, last, 88.0)])
     (folder / "log.txt").write_text(finished if log is None else log)
     (folder / "run.json").write_text(json.dumps({
@@ -55,6 +56,8 @@ FINISHED = ["pets", "4", "of", "4", "90.00", "89.50", "88.00", "93.2", "-3.20", 
 def test_table_without_torch_and_matplotlib(tmp_path):
     make_run(tmp_path / "out" / "one")
     make_run(tmp_path / "out" / "deep" / "two")
+    curve = LoggedRun(tmp_path / "out" / "one").curve("test_acc1")
+    assert curve == ([1, 3, 4], [50.0, 90.0, 89.5])
     assert "absent" in error_of(report("absent", cwd=tmp_path), status=1)
     done = report("out", "out/one", "absent", cwd=tmp_path)
     for name in ("out/one", "out/deep/two"):

@@ -54,6 +54,20 @@ def kill_in_the_second_epoch():
     accumulation.Loader.__iter__ = die_later
 
 
+def kill_after_the_second_log_line():
+    """Before the second epoch's checkpoint is written."""
+    import convert_to_deit
+
+    save = convert_to_deit.save
+
+    def save_the_first(state, path):
+        if state["epoch"]:
+            kill_itself()
+        save(state, path)
+
+    convert_to_deit.save = save_the_first
+
+
 def leave_out_seeding():
     import deit_plugin.loaders as loaders
 
@@ -71,7 +85,8 @@ def test_a_killed_run_ends_as_one_that_never_stopped(era, processes, more, worke
     options = {"processes": processes, "era": era}
     train("pets", *flags, **options)
     killed, control = ([*flags, "--output_dir", tmp_path / name] for name in ("killed", "control"))
-    assert fork("pets", *killed, **options, before=kill_in_the_second_epoch).returncode
+    kill = kill_in_the_second_epoch if workers == "2" else kill_after_the_second_log_line
+    assert fork("pets", *killed, **options, before=kill).returncode
     if workers == "2":  # two negative controls: one continues without seeding, one has another seed
         shutil.copytree(tmp_path / "killed", tmp_path / "control")
         train("pets", *control, **options, before=leave_out_seeding)

@@ -18,7 +18,8 @@ def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, flags, 
     # The published flowers modules ignore --reprob; at 0 both ways are the same.
     flags = [*flags, "--data-path", data / recipe, "--epochs", "1", "--warmup-epochs", "0",
              "--num_workers", "1", "--lr", "0.01", "--input-size",
-             "224", *([] if recipe == "imagenet" else ["--reprob", "0"])]
+             "224", *([] if recipe == "imagenet" else ["--reprob", "0"]),
+             *(["--clip-grad", "0.05"] if recipe == "pets" else [])]
     options = {"era": era, "processes": 2}
     train(recipe, *flags, **options)
     train(recipe, *flags, "--output_dir", tmp_path / "published", script=TESTS / "published.py",
@@ -67,6 +68,27 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     assert launch["started"] <= launch["ended"] and str(checkpoint) in launch["command"]
     assert facts["origin"]["path"] == str(checkpoint) and len(launch["machines"]) == 1
     assert set(launch["bundle"]) == {"folder", "commit", "modified"}
+
+
+def score_50_80_60():
+    """The accuracies of three evaluations."""
+    from deit_plugin import run
+
+    evaluate, scores = run.evaluate, iter([50.0, 80.0, 60.0])
+
+    def score(*arguments):
+        found = evaluate(*arguments)
+        return found._replace(stats={**found.stats, "acc1": next(scores)})
+
+    run.evaluate = score
+
+
+def test_the_best_checkpoint_has_the_highest_accuracy(flags, tmp_path):
+    done = train("pets", *flags, "--epochs", "3", before=score_50_80_60)
+    assert "80.00 % after epoch 2" in done.stdout
+    epochs = [saved(tmp_path / "run" / f"{name}.pth")["epoch"]
+              for name in ("best_checkpoint", "checkpoint")]
+    assert epochs == [1, 2]
 
 
 def test_verbose_brings_deit_s_lines_and_a_long_epoch_its_batches(flags):

@@ -157,6 +157,36 @@ def test_export_gives_the_same_logits_in_timm(run, data, tmp_path):
                                "probability": f"{probability.item():.6f}"}]
 
 
+def test_a_vit_small_on_a_transparent_photo(tmp_path):
+    """With MoCo v3's 12 heads, at 224 pixels: predict.py and the export, against timm."""
+    state, rng = generate.encoder_state(384, 12), numpy.random.RandomState(0)
+    state.update({"head.weight": torch.from_numpy(rng.randn(3, 384)).float() / 10,
+                  "head.bias": torch.zeros(3)})
+    settings = {"model": "moco_v3_vit_small_patch16_224", "input_size": 224, "data_set": "folder"}
+    path, photo, out = (tmp_path / name for name in ("best.pth", "photo.png", "exported"))
+    torch.save({"model": state, "settings": settings, "classes": ["a", "b", "c"]}, path)
+    pixels = rng.randint(0, 256, (30, 40, 4)).astype("uint8")
+    Image.fromarray(pixels, "RGBA").resize((400, 300)).save(photo)
+    model = timm.models.vision_transformer.VisionTransformer(
+        embed_dim=384, depth=12, num_heads=12, num_classes=3, qkv_bias=True)
+    model.load_state_dict(state)
+    white = Image.new("RGBA", (400, 300), "white")
+    white.alpha_composite(Image.open(photo))
+    args = Namespace(data_set="pets", input_size=224)
+    image = published.transform_of(False, args)(white.convert("RGB"))
+    with torch.no_grad():
+        expected = model.eval()(image[None]).softmax(dim=1)[0]
+    rows = rows_of(python("predict.py", "--resume", path, photo, "--top", "3").stdout)
+    probabilities = {row["class"]: float(row["probability"]) for row in rows}
+    assert [probabilities[name] for name in "abc"] == pytest.approx(expected.tolist(), abs=2e-6)
+    if python("export.py", "--resume", path, "--output", out).returncode == 0:  # not in old timm
+        exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        config = timm.data.resolve_model_data_config(exported)
+        image = timm.data.create_transform(**config)(white.convert("RGB"))
+        with torch.no_grad():
+            assert torch.allclose(exported(image[None]).softmax(dim=1)[0], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("share, held_out", [(0.2, 7), (0.01, 7), (0.99, 42)])
 def test_hold_out_takes_a_share_of_each_class(share, held_out):
     images = Namespace(targets=[number % 7 for number in range(49)], classes=list("abcdefg"),
