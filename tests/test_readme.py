@@ -1,4 +1,5 @@
 """README's commands, as they stand there."""
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,7 @@ def test_every_link_and_flag_in_readme_exists():
 
 @pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "flowers", "pets", "imagenet"])
 def test_dry_run_prints_the_recipe_of_the_table_so_that_it_can_be_pasted(recipe, tmp_path):
+    assert os.access(SCRIPTS / f"{recipe}.sh", os.X_OK)
     odd = tmp_path / "a b'c"
     printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
     row = re.search(rf"\| `scripts/{recipe}\.sh` \| (.*?) \| [\d.]+ % \|", README)[1].split(" | ")
