@@ -146,15 +146,16 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
 
 
 def save(content: Dict[str, Any], path: str) -> int:
-    """Write a checkpoint to `path`, complete and verified or not at all; return its size in bytes.
+    """Write a checkpoint to `path`, complete or not at all; return its size in bytes.
 
-    Raises OSError if it could not be written; `path` is then as before.
+    What was written is read back against its checksums. Raises OSError if it could not be written;
+    `path` is then as before.
     """
     with atomic_write(path) as file:
         if SAFE_AND_MAPPED:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:  # raised over a full disk, or over Ctrl-C
+            except RuntimeError as error:  # hides a failed write or Ctrl-C
                 raise (error.__context__ or error) from None
         else:  # an old torch (seen up to 1.13) aborts the process when a write fails
             buffer = io.BytesIO()
@@ -162,7 +163,7 @@ def save(content: Dict[str, Any], path: str) -> int:
             file.write(buffer.getbuffer())
         with zipfile.ZipFile(file) as written:
             if written.testzip():
-                raise OSError(errno.EIO, "the disk returned other bytes than were written", path)
+                raise OSError(errno.EIO, "it reads back as other bytes than were written", path)
         return file.seek(0, os.SEEK_END)
 
 
@@ -267,7 +268,7 @@ def _tensors_of(checkpoint: Any) -> Dict[str, torch.Tensor]:
         weights = weights.state_dict()
     if not isinstance(weights, dict):
         raise CheckpointError(f"a {type(weights).__name__} instead of tensors by name; {WANTED}")
-    is_of_run = len(whole) > 1
+    is_of_run = len(whole) > 1 and not any(map(ENCODER.match, map(str, weights)))
     if weights is whole.get("model") and (is_of_run or is_sine_cosine(weights.get("pos_embed"))):
         what = "the checkpoint of a fine-tuning run" if is_of_run else "already converted"
         raise CheckpointError(f"{what}, which needs no conversion; pass it to --resume")

@@ -208,7 +208,7 @@ def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
 def left_out_in_words(left_out: Counter) -> str:
     """How many files are left out, by ending."""
     endings = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(5))
-    return f"files that are left out, because Pillow cannot open them: {endings}"
+    return f"files that are left out, because they are no images that can be used: {endings}"
 
 
 def _is_visible(name: str) -> bool:

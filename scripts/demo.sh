@@ -2,6 +2,8 @@
 # The whole journey in one command, on generated data: convert, fine-tune, show the accuracy.
 # Needs no GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
 set -euo pipefail
+DEIT_DIR=${DEIT_DIR:+$(readlink -f -- "$DEIT_DIR")}
+DEMO_DIR=${DEMO_DIR:+$(readlink -f -- "$DEMO_DIR")}
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 demo=${DEMO_DIR:-demo-output}

@@ -45,11 +45,13 @@ class LoggedRun:
         differs, weights = about.get("differs"), about.get("origin")
         self.differs = [str(text) for text in differs] if isinstance(differs, list) else None
         self.weights = weights if isinstance(weights, dict) else {}
+        self.parent = about.get("parent")  # of a run that continues another one
 
         self.data_set = str(self.settings.get("data_set", "-"))
         self.held_out = bool(self.settings.get("hold_out"))
         self.published = None if self.held_out else PUBLISHED.get(self.data_set)
-        self.is_of_recipe = bool(self.published) and self.differs == []
+        self.is_of_recipe = (bool(self.published) and self.differs == [] and not self.parent
+                             and self.weights.get("is_moco_v3", True))
         self.planned = self.settings.get("epochs", "-")
         self.done = self.rows[-1]["epoch"] + 1 if self.rows else 0
         accuracies = self.curve("test_acc1")[1]
@@ -137,7 +139,7 @@ def seed_groups(runs: List[LoggedRun]) -> List[str]:
     """For runs that are equal except for --seed: mean and standard deviation, in words."""
     groups = {}
     for run in runs:
-        if run.has_facts:
+        if run.has_facts and not run.parent:  # whose epochs were trained with another seed
             settings = {name: value for name, value in run.settings.items() if name != "seed"}
             key = json.dumps([settings, run.weights.get("crc32")], sort_keys=True)
             groups.setdefault(key, []).append(run)
@@ -161,7 +163,12 @@ def differences(runs: List[LoggedRun]) -> List[str]:
     """What differs from the published recipe, where there is one."""
     lines = []
     for run in runs:
-        if run.published and run.differs is None:
+        if run.parent:
+            lines.append(f"{run.name}: not compared, since it continues another run")
+        elif run.published and not run.weights.get("is_moco_v3", True):
+            lines.append(f"{run.name}: not compared, since it began with other weights than "
+                         "MoCo v3's pretrained ones")
+        elif run.published and run.differs is None:
             lines.append(f"{run.name}: not compared, since no recipe launched it")
         elif run.published and run.differs:
             more = f" and {len(run.differs) - 5} more" if len(run.differs) > 5 else ""

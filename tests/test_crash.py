@@ -22,7 +22,7 @@ from underway import end_of, kill_all, processes_of, running, wait_for, wait_for
 
 # Longer than any test; with a save after the first 100 epochs.
 LONG = ["--epochs", "500", "--save-freq", "100", "--eval-freq", "400"]
-INTERRUPTED = "interrupted: .*{}; the same command continues\n"
+INTERRUPTED = "interrupted: .*{}; the same command (continues|starts again)\n"
 
 
 @pytest.mark.parametrize("name, to_all, processes, status, says, more", [

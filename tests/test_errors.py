@@ -44,6 +44,7 @@ def parse(flags):
     ("--epochs many", "many"), ("--data-set imagnet", "imagenet"),
     ("--data-path=", "--data-path is missing"), ("--output_dir=", "--output_dir is missing"),
     ("--test-split", "--test-split: needs --eval"),
+    ("--eval --test-split --hold-out 0.2", "leave one out"),
     ("--aa rand", "--aa has no effect on --data-set pets"), ("--color-jitter 0.4", "jitter has no"),
     ("--train-interpolation random", "interpolation has"), ("--eval-crop-ratio 1", "ratio has no"),
     ("--resplit", "--resplit has no effect"), ("--inat-category x", "category has no effect"),

@@ -23,7 +23,8 @@ def epoch_line(epoch, accuracy=None, per_class=None):
     return json.dumps(row) + "\n"
 
 
-def make_run(folder, log=None, differs=(), best=90.0, last=89.5, **settings):
+def make_run(folder, log=None, differs=(), best=90.0, last=89.5, parent=None, is_moco_v3=True,
+             **settings):
     """A finished run of 4 epochs, or one with another log."""
     folder.mkdir(parents=True)
     finished = "".join([epoch_line(0, 50.0, 40.0), epoch_line(1), epoch_line(2, best),
@@ -31,7 +32,8 @@ def make_run(folder, log=None, differs=(), best=90.0, last=89.5, **settings):
     (folder / "log.txt").write_text(finished if log is None else log)
     (folder / "run.json").write_text(json.dumps({
         "settings": {"data_set": "pets", "epochs": 4, "seed": 0, "hold_out": 0.0, **settings},
-        "differs": differs, "origin": {"path": "/a.pth", "crc32": "0"}}))
+        "differs": differs, "parent": parent,
+        "origin": {"path": "/a.pth", "crc32": "0", "is_moco_v3": is_moco_v3}}))
     return folder
 
 
@@ -74,6 +76,8 @@ def test_table_without_torch_and_matplotlib(tmp_path):
     ({"data_set": "folder", "differs": ["--data-set folder"]},
      "folder 4 of 4 90.00 89.50 88.00 - - 0:04:00", ""),
     ({"differs": None}, "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "no recipe"),
+    ({"parent": {"path": "/b.pth"}}, "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "continues"),
+    ({"is_moco_v3": False}, "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "other weights"),
     ({"hold_out": 0.2}, "pets, held-out 4 of 4 90.00 89.50 88.00 - - 0:04:00", ""),
     ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 - 93.2 - 0:01:00", ""),
     ({"log": epoch_line(0, 80.0) + "\0\0\n[1]\n{}\n" + epoch_line(1, 70.0)[:30]},
@@ -82,8 +86,8 @@ def test_table_without_torch_and_matplotlib(tmp_path):
      "pets 1 of 4 - - - 93.2 - -", ""),
     ({"log": epoch_line(0)}, "pets 1 of 4 - - - 93.2 - 0:01:00", ""),
     ({"log": ""}, "pets 0 of 4 - - - 93.2 - -", ""),
-], ids=["other settings", "own images", "no recipe", "held out", "unfinished", "damaged",
-        "not ours", "not evaluated", "empty"])
+], ids=["other settings", "own images", "no recipe", "continued", "supervised", "held out",
+        "unfinished", "damaged", "not ours", "not evaluated", "empty"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):
     make_run(tmp_path / "one", **options)
     done = report("one", cwd=tmp_path)
@@ -103,6 +107,7 @@ def test_seeds_are_a_group_and_what_varies_are_columns(tmp_path):
     for seed, last in enumerate(lasts):
         make_run(tmp_path / f"a{seed}", seed=seed, best=92.0 + seed, last=last)
     make_run(tmp_path / "rate", lr=0.1)
+    make_run(tmp_path / "child", seed=7, parent={"path": "/b.pth"})
     make_run(tmp_path / "started", log=epoch_line(0, 10.0), seed=9)
     make_run(tmp_path / "second", seed=1, last=70.0)
     make_run(tmp_path / "flowers", data_set="flowers", weight_decay=0.3)
@@ -115,7 +120,7 @@ def test_seeds_are_a_group_and_what_varies_are_columns(tmp_path):
     assert "best 93.00 ± 1.00 %" in group
     left_out = group.partition("left out")[2]
     assert "started" in left_out and "second" in left_out
-    assert "rate" not in group and "flowers" not in group
+    assert not any(name in group for name in ("rate", "flowers", "child"))
 
 
 def test_one_picture_of_all_runs(tmp_path):

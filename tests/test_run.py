@@ -141,6 +141,9 @@ def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(flags, tmp_path):
     assert "another DeiT commit" in error_of(
         fork("pets", *flags, "--resume", tmp_path / "other_commit.pth"))
     assert not (tmp_path / "other").exists()
+    (tmp_path / "other").mkdir()
+    shutil.copy(flags[1], tmp_path / "other" / "checkpoint.pth")
+    assert "move it" in error_of(fork("pets", *flags))
 
 
 def test_own_images_train_and_evaluate(data, flags, tmp_path):

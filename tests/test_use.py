@@ -190,10 +190,13 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
 @pytest.mark.parametrize("share, held_out", [(0.2, 7), (0.01, 7), (0.99, 42)])
 def test_hold_out_takes_a_share_of_each_class(share, held_out):
     images = Namespace(targets=[number % 7 for number in range(49)], classes=list("abcdefg"),
-                       transform="augment")
+                       samples=list(range(49)), transform="augment")
     parts = [hold_out.split(images, share, "evaluate") for _ in range(2)]
     (kept, out), again = parts
     assert (kept.indices, out.indices) == (again[0].indices, again[1].indices)
+    assert (kept.samples, out.samples) == (kept.indices, out.indices)
+    with pytest.raises(UserError, match="samples"):
+        hold_out.split(Namespace(targets=[0, 0], classes=["a"], transform=None), share, None)
     assert sorted(kept.indices + out.indices) == list(range(49)) and len(out.indices) == held_out
     for part in (kept, out):
         assert numpy.ptp(numpy.bincount(part.targets)) == 0 and set(part.targets) == set(range(7))

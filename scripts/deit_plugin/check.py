@@ -88,7 +88,10 @@ def fetch_a_batch(images: Any, args: Namespace) -> str:
 
 
 def decode(splits: Dict[str, Any], num_workers: int) -> str:
-    """Decode every image, in threads. Raises UserError with a list of the broken ones."""
+    """Decode every image, in threads. Raises UserError with a list of the broken ones.
+
+    This takes the transforms away from the splits, so it must come after what needs them.
+    """
     items = []
     for split in splits.values():
         split.transform = None  # decoding is enough

@@ -50,7 +50,7 @@ def guard(run: Callable[[], None]) -> None:
 
 
 class _Output:
-    """Wraps a stream so that a closed pipe (`| head`) ends no run; later output is dropped."""
+    """Wraps a stream: a closed pipe (`| head`) does not end the run, but drops later output."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -14,7 +14,7 @@ from .data import Data, names_of
 
 
 class Evaluation(NamedTuple):
-    """The results of an evaluation: ``predictions`` of this process, the rest of all processes."""
+    """The results over all processes, except for ``predictions``, which cover this process only."""
 
     stats: Dict[str, float]  # loss, and in percent acc1, acc5, acc_per_class
     correct: List[int]  # images per class that were classified correctly

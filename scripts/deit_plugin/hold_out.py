@@ -12,7 +12,7 @@ def split(dataset: Any, share: float, transform: Callable) -> Tuple[Any, Any]:
 
     Both parts are copies of the data set with fewer images, and have at least one image of each
     class. The division depends only on the labels and the share. ``transform`` is for evaluation.
-    Raises UserError if a class has a single image.
+    Raises UserError if a class has a single image, or for a data set that cannot be divided.
     """
     random, kept, held_out = numpy.random.RandomState(0), [], []
     for label, name in enumerate(dataset.classes):
@@ -30,6 +30,9 @@ def split(dataset: Any, share: float, transform: Callable) -> Tuple[Any, Any]:
 
 def _part(dataset: Any, indices: List[int], transform: Callable) -> Any:
     part = copy.copy(dataset)
+    if not hasattr(dataset, "samples") and not hasattr(dataset, "data"):
+        raise UserError("--hold-out: this data set has neither samples nor data to divide, unlike "
+                        "those of torchvision; leave --hold-out out")
     part.transform, part.indices = transform, indices
     for name in ("samples", "targets"):
         if hasattr(dataset, name):

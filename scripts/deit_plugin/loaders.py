@@ -39,14 +39,14 @@ def _seed_cpu(*key: int) -> int:
 
 
 class Drawn(NamedTuple):
-    """An index that carries the key of the random numbers for its image's augmentation."""
+    """An index, with the key that seeds the augmentation of its image."""
 
     index: int
     key: Tuple[int, ...]
 
 
 class Augmented(Dataset):
-    """Train images; one that is asked for by a ``Drawn`` is augmented with that key's numbers."""
+    """Train images. Indexing with a ``Drawn`` first seeds with its key."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -90,7 +90,7 @@ class Batches:
         return itertools.chain.from_iterable(zip(*batches))
 
     def _draw(self, rank: int, sampler: Any) -> Iterator[Union[int, Drawn]]:
-        for position, index in enumerate(sampler, start=1):  # 0 is the key of seed_process
+        for position, index in enumerate(sampler, start=1):  # for SeedSequence, seed_process has 0
             key = (self.seed, rank, self.epoch, position)
             yield Drawn(index, key) if self.epoch else index
 

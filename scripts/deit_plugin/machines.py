@@ -14,7 +14,7 @@ LONGEST = 2**16  # characters of what a process tells
 def gather(facts: Dict[str, Any], device: str) -> List[Dict[str, Any]]:
     """Collect the ``facts`` of every rank, which must be serialisable as JSON."""
     text = json.dumps(facts).ljust(LONGEST).encode()
-    # all_gather_object of torch 1.7.1 takes the rank for the number of a GPU of this machine.
+    # all_gather_object of torch 1.7.1 would use the rank as the number of a GPU of this machine.
     own = torch.tensor([*text], device=device)
     everyone = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, own)

@@ -6,7 +6,6 @@ from typing import Any, Dict, Iterable, Iterator, List
 
 import torch
 
-from convert_to_deit import is_sine_cosine
 from datasets import left_out_in_words
 
 from .data import Data, describe, evaluated_on, kind_of_accuracy
@@ -41,15 +40,14 @@ class Narrator:
     def describe(self) -> str:
         """What is trained from what and how, in lines. Reads the start's state."""
         args, plan, origin = self.args, self.plan, self.start.path
-        weights = self.start.state["model"]
         if self.start.epoch >= args.epochs:
             origin += f", which has all {args.epochs} epochs: nothing is left to train"
         elif self.start.epoch:
             origin += f", resumed: epoch {self.start.epoch + 1} of {args.epochs} comes next"
-        elif not is_sine_cosine(weights.get("pos_embed")):
+        elif not self.start.origin["is_moco_v3"]:
             origin += (" (these are not MoCo v3's pretrained weights: their position embedding is "
                        "learned, as in supervised or fine-tuned models)")
-        elif HEAD[0] not in weights:
+        elif HEAD[0] not in self.start.state["model"]:
             origin += " (the classifier head is new)"
         return "\n  ".join([
             f"Fine-tuning {args.model} on {args.data_set}: {describe(self.data, args)}",

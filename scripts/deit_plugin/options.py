@@ -10,7 +10,7 @@ import torch
 
 from . import weights
 from .errors import UserError
-from .words import flag_of
+from .words import BATCH, flag_of
 
 YOUR_FLAGS = "--your-flags"  # launch.sh puts it between the recipe's flags and the user's
 # Arguments that are not settings: they do not change what is learnt, or, like the batch size, they
@@ -20,7 +20,8 @@ NOT_SETTINGS = {
     "world_size", "start_epoch", "batch_size", "eval", "download", "test_split"}
 # Arguments that may differ between the machines of a run.
 OF_ONE_MACHINE = {"output_dir", "data_path", "num_workers", "pin_mem", "dist_url", "rank"}
-# Arguments that --eval takes from the checkpoint, unless the user gives them.
+# Arguments that --eval takes from the checkpoint, unless the user gives them. weights.finished
+# makes the transform of a checkpoint from its settings, so one that changes it must be a setting.
 OF_EVALUATION = ("model", "input_size", "data_set", "hold_out", "eval_crop_ratio")
 # Arguments that only some data sets read; their rows in datasets.py name them.
 OF_SOME_DATA_SETS = {"aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split"}
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
     recipe_args: Optional[argparse.Namespace]  # the recipe's; None if launched without a recipe
 
 
-OURS = Plan._fields[:8]  # those that are arguments of the command line
+OURS = Plan._fields[:8]  # those above `resume`: the arguments of the command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,6 +185,8 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             (args.predictions and not args.eval, "--predictions: needs --eval"),
             (args.test_split and not args.eval, "--test-split: needs --eval; training evaluates on "
              "val/, so that nothing is chosen on the test images"),
+            (args.test_split and args.hold_out,
+             "--test-split: evaluates on test/, but --hold-out on train images: leave one out"),
             (args.resume.startswith(("http:", "https:")),
              f"--resume {args.resume}: download it first, with wget, and pass the file"),
             (args.input_size == 224 != size,
@@ -241,7 +244,7 @@ def settings_of(args: argparse.Namespace, accum_iter: int, left_out: Dict[str, s
     """The arguments that decide what is learnt, and the effective batch size, by name."""
     settings = {name: value for name, value in vars(args).items()
                 if name not in {*NOT_SETTINGS, *OURS, *left_out}}
-    settings["effective batch size"] = args.world_size * args.batch_size * accum_iter
+    settings[BATCH] = args.world_size * args.batch_size * accum_iter
     return settings
 
 

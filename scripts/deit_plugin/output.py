@@ -36,7 +36,7 @@ class Start(NamedTuple):
     continues: bool  # True if that is --output_dir's own checkpoint; then all settings must match
     epoch: int  # the first epoch to train, from 0; more than 0 if a run is resumed
     parent: Optional[Dict[str, str]]  # the checkpoint of another run that this run was resumed from
-    origin: Dict[str, str]  # the pretrained file that training began with
+    origin: Dict[str, Any]  # the pretrained file that training began with
     rows: List[Dict[str, Any]]  # the log.txt rows of earlier epochs
     state: Dict[str, Any]  # the checkpoint, at least `model`
 
@@ -71,6 +71,9 @@ def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start
                             "--output_dir") from None
         raise
     is_of_run = "optimizer" in state and "epoch" in state
+    if continues and not is_of_run:
+        raise UserError(f"{path} is not the checkpoint of a run, but would be replaced by one: "
+                        "move it, or pass another --output_dir")
     if (args.eval or is_of_run) and weights.HEAD[0] not in state["model"]:
         raise UserError(f"{path} has no classifier head, so it cannot be evaluated or continued: "
                         "pass the checkpoint of a fine-tuning run")
@@ -79,7 +82,9 @@ def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start
         raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
                         "continue from it")
     parent = provenance.of_weights(path) if epoch and not continues else state.get("parent")
-    origin = state.get("origin") or provenance.of_weights(path)
+    origin = is_of_run and state.get("origin") or {
+        **provenance.of_weights(path),
+        "is_moco_v3": convert_to_deit.is_sine_cosine(state["model"].get("pos_embed"))}
     rows = [row for row in read_log(Path(path).with_name("log.txt")) if row["epoch"] < epoch]
     return Start(path, continues, epoch, parent, origin, rows, state)
 
@@ -124,7 +129,8 @@ def _is_of_run(path: str, folder: str) -> bool:
 def _comes_from_before(best: Path, epoch: int) -> bool:
     """Whether a best_checkpoint.pth is there and was written before ``epoch``.
 
-    The run that it belongs to may have trained on since the checkpoint that is continued.
+    The parent may have trained further, so its best checkpoint can be newer than the one that is
+    resumed.
     """
     try:
         return best.exists() and convert_to_deit.load(str(best)).get("epoch", epoch) < epoch
@@ -162,7 +168,8 @@ class RunFolder:
         self.path = Path(path)
 
     def check(self) -> str:
-        """Return the folder's path. Raises UserError if it cannot be written or another run does.
+        """Return the folder's path. Raises UserError if it cannot be written or if another run is
+        writing to it.
 
         Creates nothing.
         """

@@ -1,4 +1,5 @@
 """One fine-tuning run: the methods that replace DeiT's functions while its ``main(args)`` runs."""
+import copy
 import random
 import shlex
 import sys
@@ -67,7 +68,7 @@ class Run:
         if plan.predictions:
             output.require_writable_file(plan.predictions, "--predictions")
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
-        self.batches = self.scheduler = self.trained = None
+        self.sampler = self.scheduler = self.trained = None
         self.places = []  # host and device of each rank
         self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
         self.narrator = Narrator(args, plan, data, self.comparison, start)
@@ -76,8 +77,8 @@ class Run:
         """Run DeiT's ``main`` with this run's methods in place of its functions."""
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
-        # DeiT's main knows nothing of epochs without evaluation; the Narrator prints less than both
-        # others.
+        # DeiT's main would print an accuracy of 0 for epochs without evaluation, and its utils and
+        # engine print a line every 10 batches.
         others = () if self.plan.verbose else (self.main.utils, sys.modules["engine"])
         for module in (self.main, *others):
             module.print = lambda *_, **__: None
@@ -87,7 +88,7 @@ class Run:
             self.folder.end()
             path, best = self.folder.path, self.best["test_acc1"]
             print(f"Best {kind_of_accuracy(self.args)}: {best:.2f} % after epoch "
-                  f"{(self.best['epoch'] or 0) + 1}, {path / 'best_checkpoint.pth'}\n"
+                  f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
                   f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
         self.train_loader = self.test_loader = None  # ends their workers
         torch.distributed.destroy_process_group()
@@ -96,9 +97,10 @@ class Run:
 
     def build_dataset(self, is_train: bool, args: Namespace) -> Tuple[Any, int]:
         """The images that were built before, and the number of classes."""
-        # DeiT also wants train images under --eval, but only to count them.
-        use_train = is_train and self.data.train is not None
-        return self.data.train if use_train else self.data.test, len(self.data.classes)
+        dataset = self.data.train if is_train else self.data.test
+        if dataset is None:  # under --eval: DeiT counts them, and can change their transform
+            dataset = copy.copy(self.data.test)
+        return dataset, len(self.data.classes)
 
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
         """Create the model and load its weights, if all ranks agree on what they train."""
@@ -139,10 +141,10 @@ class Run:
                  "model_ema": model_ema and model_ema.ema}
         if self.train_loader is None:
             self._begin(parts)
-            self.batches = loaders.Batches(data_loader, self.args, self.plan.accum_iter)
-            self.train_loader = loaders.training(data_loader, self.batches)
+            self.sampler = loaders.Batches(data_loader, self.args, self.plan.accum_iter)
+            self.train_loader = loaders.training(data_loader, self.sampler)
         began = time.monotonic()
-        self.batches.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)  # before iter, which begins to fetch batches
         batches = iter(self.train_loader)  # draws a number from torch's generator, so seed after it
         if epoch > 0:
             loaders.seed_process(self.args, epoch)
@@ -198,7 +200,7 @@ class Run:
 
     def _begin(self, parts: Dict[str, Any]) -> None:
         state = self.start.state
-        if self.start.epoch:  # restore everything, which no commit of DeiT does
+        if self.start.epoch:  # no commit of DeiT restores all of this correctly
             try:
                 for name in ("optimizer", "model_ema", "scaler"):
                     if parts[name] is not None and state.get(name):  # DeiT of 2020 saves no scaler

@@ -49,7 +49,8 @@ def temporary_folder() -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder, \
-            open(os.path.join(folder, LOCK), "w") as lock:
+            open(os.path.join(folder, "new"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, os.path.join(folder, LOCK))  # nobody finds it before it is locked
         os.environ["TMPDIR"] = folder
         yield folder

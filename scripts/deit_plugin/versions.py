@@ -1,6 +1,6 @@
 """What newer torch, timm and Pillow need to run DeiT, written for torch 1.7 and timm 0.3.2.
 
-Each patch changes nothing on versions that do not need it.
+Each patch has no effect on versions that do not need it.
 """
 import os
 import warnings

@@ -3,7 +3,7 @@ from typing import Any, Dict, List
 
 from datasets import first_five
 
-# Settings that are no arguments.
+# Settings that are not command-line arguments.
 BATCH, STEPS = "effective batch size", "steps per epoch"
 TRAIN_IMAGES, TEST_IMAGES = "train images", "test images"
 HELD_OUT = "checksum of the held-out images' names"
