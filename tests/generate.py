@@ -71,10 +71,10 @@ def pets(folder):
 
 
 def imagenet(folder):
-    """ImageNet's folders: 3 classes, 270 train and 6 val images, enough for --repeated-aug."""
+    """ImageNet's folders: 5 classes, 270 train and 6 val images, enough for --repeated-aug."""
     rng = np.random.default_rng(0)
     for number in range(276):
-        split, label = "train" if number < 270 else "val", number % 3
+        split, label = "train" if number < 270 else "val", number % 5
         write_picture(Path(folder, split, f"n{label:08}", f"{number}.JPEG"), label, rng)
 
 
