@@ -2,8 +2,9 @@
 # The whole journey in one command, on generated data: convert, fine-tune, show the accuracy.
 # Needs no GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
 set -euo pipefail
-DEIT_DIR=${DEIT_DIR:+$(readlink -f -- "$DEIT_DIR")}
-DEMO_DIR=${DEMO_DIR:+$(readlink -f -- "$DEMO_DIR")}
+# Paths are relative to the caller's folder, which the next step leaves.
+DEIT_DIR=${DEIT_DIR:+$(readlink -m -- "$DEIT_DIR")}
+DEMO_DIR=${DEMO_DIR:+$(readlink -m -- "$DEMO_DIR")}
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 demo=${DEMO_DIR:-demo-output}

@@ -273,6 +273,17 @@ def test_failed_download(tmp_path, monkeypatch, name):
     assert all(word in text for word in ["cannot download", str(tmp_path), "again", *files])
 
 
+def test_the_data_of_a_held_out_run_are_found_as_for_training(served, tmp_path):
+    args = Namespace(data_set="pets", data_path=str(tmp_path / "a" / "b"), input_size=32,
+                     reprob=0.0, hold_out=0.2, eval=True, download=True)
+    assert len(load(args).test) == 7 and served
+    for folder, says in (("a", f"pass --data-path {tmp_path}/a/b"), ("gone", "--hold-out 0 ")):
+        args.data_path, args.download = str(tmp_path / folder), False
+        with pytest.raises(UserError) as error:
+            load(args)
+        assert says in str(error.value)
+
+
 @pytest.mark.parametrize("module, is_ours", [
     (None, True), (mock.Mock(flock=mock.Mock(side_effect=OSError("no locks"))), True),
     (fcntl, False)], ids=["Windows", "no locks", "lock of someone else"])

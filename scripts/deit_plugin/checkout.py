@@ -8,6 +8,8 @@ from . import versions
 from .errors import UserError, one_line
 
 BUNDLE = Path(__file__).resolve().parent.parent.parent
+# Modules of which DeiT's folder may have its own, or a copy from another time.
+OURS = ("convert_to_deit", "datasets", "oxford_flowers_dataset", "oxford_pets_dataset")
 
 
 def deit_folder() -> Path:
@@ -19,8 +21,7 @@ def _require_modules_of(folder: Path) -> None:
     """Raise UserError if a module of DeiT's was imported from elsewhere."""
     for path in folder.glob("*.py"):
         file = getattr(sys.modules.get(path.stem), "__file__", None)
-        is_ours = (BUNDLE / path.name).exists()  # a copy of it may be there, too
-        if file and not is_ours and Path(file).resolve() != path.resolve():
+        if file and path.stem not in OURS and Path(file).resolve() != path.resolve():
             raise UserError(f"DeiT's module {path.stem} was imported from {file} instead of "
                             f"{path}: rename that file, or take its folder out of PYTHONPATH")
 

@@ -53,7 +53,7 @@ def _load_split(is_train: bool, args: Namespace) -> Any:
     try:
         missing = row.missing(str(root), split_of(is_train, args))
         advice = elsewhere.advice(row.layout, root, missing[0]) if missing else ""
-        if missing and args.eval and args.hold_out:
+        if missing and not advice and not row.downloads(args) and args.eval and args.hold_out:
             advice = (f"--hold-out {args.hold_out}, as in the checkpoint's run, evaluates on train "
                       "images: pass --hold-out 0 to evaluate on test images")
         if advice:

@@ -2,7 +2,6 @@
 import torch
 
 from .errors import UserError
-from .words import count
 
 
 def describe(device: str, processes: int, is_launch: bool = True) -> str:
@@ -19,6 +18,6 @@ def describe(device: str, processes: int, is_launch: bool = True) -> str:
         return f"not checked: no GPU on this machine; the launch needs {processes}"
     if found < processes:
         advice = f"set NPROC_PER_NODE={found}, or " if found else ""
-        raise UserError(f"NPROC_PER_NODE={processes}, but torch can use {count(found, 'GPU')} of "
-                        f"this machine: {advice}pass --device cpu for a smoke test")
-    return f"{count(found, 'GPU')} for {count(processes, 'process')}"
+        raise UserError(f"NPROC_PER_NODE={processes}, but torch can use {found} GPUs of this "
+                        f"machine: {advice}pass --device cpu for a smoke test")
+    return f"{found} found, {processes} needed"

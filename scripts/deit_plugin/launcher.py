@@ -73,13 +73,12 @@ def launch(folder: str) -> Optional[int]:
 
 def interrupted(*_: Any) -> None:
     """Say how much of the run is saved, and exit. Its processes end with this one."""
-    text, again = errors.read_status(), "continues"
-    if not text:
-        text, again = "nothing saved yet", "starts again"
+    saved = errors.read_status()
+    text, again = (saved, "continues") if saved else ("nothing saved yet", "starts again")
     if "--eval" in sys.argv:
         text, again = "the evaluation is not finished", "starts again"
     elif "--node_rank" in sys.argv and sys.argv[sys.argv.index("--node_rank") + 1] != "0":
-        text = "the first machine saves the run"
+        text, again = "the first machine saves the run", "continues"
     without = " without --overwrite" if "--overwrite" in sys.argv else ""
     sys.stderr.write(f"interrupted: {text}; the same command{without} {again}\n")
     sys.exit(128 + signal.SIGINT)
