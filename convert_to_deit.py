@@ -157,7 +157,7 @@ def save(content: Dict[str, Any], path: str) -> int:
                 torch.save(content, file)
             except RuntimeError as error:  # hides a failed write or Ctrl-C
                 raise (error.__context__ or error) from None
-        else:  # an old torch (seen up to 1.13) aborts the process when a write fails
+        else:  # torch before 2.0 aborts the process when a write fails
             buffer = io.BytesIO()
             torch.save(content, buffer)
             file.write(buffer.getbuffer())

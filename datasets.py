@@ -208,7 +208,7 @@ def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
 def left_out_in_words(left_out: Counter) -> str:
     """How many files are left out, by ending."""
     endings = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(5))
-    return f"files that are left out, because they are no images that can be used: {endings}"
+    return f"files left out, since they are not usable as images: {endings}"
 
 
 def _is_visible(name: str) -> bool:
@@ -380,8 +380,8 @@ DATA_SETS = {
         flags=("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")),
     "folder": DataSet(
         functools.partial(_class_folders, is_image=can_open), _missing_folder, ("train/*/*",),
-        "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg (move CLASS/*.jpg that are not "
-        "split into train/)", loader=load_photo,
+        "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg (if there is only "
+        "CLASS/*.jpg, move it into train/)", loader=load_photo,
         flags=("test_split",)),
 }
 

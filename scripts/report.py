@@ -45,13 +45,14 @@ class LoggedRun:
         differs, weights = about.get("differs"), about.get("origin")
         self.differs = [str(text) for text in differs] if isinstance(differs, list) else None
         self.weights = weights if isinstance(weights, dict) else {}
-        self.parent = about.get("parent")  # of a run that continues another one
+        self.continues_another = bool(about.get("parent"))
+        self.is_of_moco_v3 = bool(self.weights.get("is_moco_v3", True))
 
         self.data_set = str(self.settings.get("data_set", "-"))
         self.held_out = bool(self.settings.get("hold_out"))
         self.published = None if self.held_out else PUBLISHED.get(self.data_set)
-        self.is_of_recipe = (bool(self.published) and self.differs == [] and not self.parent
-                             and self.weights.get("is_moco_v3", True))
+        self.is_of_recipe = (bool(self.published) and self.differs == [] and self.is_of_moco_v3
+                             and not self.continues_another)
         self.planned = self.settings.get("epochs", "-")
         self.done = self.rows[-1]["epoch"] + 1 if self.rows else 0
         accuracies = self.curve("test_acc1")[1]
@@ -139,7 +140,7 @@ def seed_groups(runs: List[LoggedRun]) -> List[str]:
     """For runs that are equal except for --seed: mean and standard deviation, in words."""
     groups = {}
     for run in runs:
-        if run.has_facts and not run.parent:  # whose epochs were trained with another seed
+        if run.has_facts and not run.continues_another:  # its first epochs may have another seed
             settings = {name: value for name, value in run.settings.items() if name != "seed"}
             key = json.dumps([settings, run.weights.get("crc32")], sort_keys=True)
             groups.setdefault(key, []).append(run)
@@ -160,12 +161,13 @@ def seed_groups(runs: List[LoggedRun]) -> List[str]:
 
 
 def differences(runs: List[LoggedRun]) -> List[str]:
-    """What differs from the published recipe, where there is one."""
+    """What keeps runs from being compared: with published figures, or among seeds."""
     lines = []
     for run in runs:
-        if run.parent:
-            lines.append(f"{run.name}: not compared, since it continues another run")
-        elif run.published and not run.weights.get("is_moco_v3", True):
+        if run.continues_another:
+            lines.append(f"{run.name}: not compared or counted among seeds, since it continues "
+                         "another run")
+        elif run.published and not run.is_of_moco_v3:
             lines.append(f"{run.name}: not compared, since it began with other weights than "
                          "MoCo v3's pretrained ones")
         elif run.published and run.differs is None:

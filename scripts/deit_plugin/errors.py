@@ -2,7 +2,6 @@
 import contextlib
 import ctypes
 import errno
-import multiprocessing
 import multiprocessing.queues
 import os
 import signal

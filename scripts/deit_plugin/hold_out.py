@@ -14,6 +14,9 @@ def split(dataset: Any, share: float, transform: Callable) -> Tuple[Any, Any]:
     class. The division depends only on the labels and the share. ``transform`` is for evaluation.
     Raises UserError if a class has a single image, or for a data set that cannot be divided.
     """
+    if not hasattr(dataset, "samples") and not hasattr(dataset, "data"):
+        raise UserError(f"--hold-out {share}: cannot divide a data set that has neither samples "
+                        "nor data; leave --hold-out out")
     random, kept, held_out = numpy.random.RandomState(0), [], []
     for label, name in enumerate(dataset.classes):
         indices = random.permutation(numpy.flatnonzero(numpy.equal(dataset.targets, label)))
@@ -30,9 +33,6 @@ def split(dataset: Any, share: float, transform: Callable) -> Tuple[Any, Any]:
 
 def _part(dataset: Any, indices: List[int], transform: Callable) -> Any:
     part = copy.copy(dataset)
-    if not hasattr(dataset, "samples") and not hasattr(dataset, "data"):
-        raise UserError("--hold-out: this data set has neither samples nor data to divide, unlike "
-                        "those of torchvision; leave --hold-out out")
     part.transform, part.indices = transform, indices
     for name in ("samples", "targets"):
         if hasattr(dataset, name):

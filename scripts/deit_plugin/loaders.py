@@ -90,7 +90,8 @@ class Batches:
         return itertools.chain.from_iterable(zip(*batches))
 
     def _draw(self, rank: int, sampler: Any) -> Iterator[Union[int, Drawn]]:
-        for position, index in enumerate(sampler, start=1):  # for SeedSequence, seed_process has 0
+        # From 1, since SeedSequence takes seed_process's shorter key for one that ends in 0.
+        for position, index in enumerate(sampler, start=1):
             key = (self.seed, rank, self.epoch, position)
             yield Drawn(index, key) if self.epoch else index
 

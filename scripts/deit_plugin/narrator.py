@@ -66,8 +66,8 @@ class Narrator:
             size = self.comparison.settings[BATCH]
             rate = args.lr * size / 512
             text += f" x {size} / 512 = {rate:g}"
-        if rate < args.min_lr:
-            text += (f", which is below --min-lr {args.min_lr:g}, so that it rises: pass a larger "
+        if rate < args.min_lr and args.sched != "step":  # which never reaches --min-lr
+            text += (f"; it will rise to --min-lr {args.min_lr:g}, which is larger: pass a larger "
                      "--lr or a smaller --min-lr")
         return text
 

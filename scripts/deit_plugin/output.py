@@ -66,8 +66,7 @@ def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start
         state = weights.read(path, plan.trust)
     except UserError as error:
         if continues:
-            text = str(error).replace("; copy or download it again", "")
-            raise UserError(f"{text}; pass --overwrite to start from scratch, or another "
+            raise UserError(f"{error}; or pass --overwrite to start from scratch, or another "
                             "--output_dir") from None
         raise
     is_of_run = "optimizer" in state and "epoch" in state
@@ -82,16 +81,17 @@ def read_start(path: str, continues: bool, args: Namespace, plan: Plan) -> Start
         raise UserError(f"--resume {path} has all {args.epochs} epochs: pass more --epochs to "
                         "continue from it")
     parent = provenance.of_weights(path) if epoch and not continues else state.get("parent")
-    origin = is_of_run and state.get("origin") or {
-        **provenance.of_weights(path),
-        "is_moco_v3": convert_to_deit.is_sine_cosine(state["model"].get("pos_embed"))}
+    origin = state.get("origin") if is_of_run else None
+    if origin is None:
+        origin = {**provenance.of_weights(path), "is_moco_v3": convert_to_deit.is_sine_cosine(
+            state["model"].get("pos_embed"))}
     rows = [row for row in read_log(Path(path).with_name("log.txt")) if row["epoch"] < epoch]
     return Start(path, continues, epoch, parent, origin, rows, state)
 
 
 def check_start(start: Start, settings: Dict[str, Any], args: Namespace, plan: Plan) -> None:
     """Raise UserError if the checkpoint belongs to a run with other settings or other weights."""
-    before, advice = settings_before(start.state), "pass the same"
+    before, advice = settings_before(start.state), "pass the same flags and the same data"
     names = OF_WEIGHTS + (OF_ACCURACY if args.hold_out else ()) if args.eval else (
         OF_STATE + OF_ACCURACY)
     if start.continues:
@@ -106,9 +106,6 @@ def check_start(start: Start, settings: Dict[str, Any], args: Namespace, plan: P
                 start.parent is None or given["path"] != first["path"]):
             different.append(f"--resume {plan.resume} with checksum {given['crc32']} (there: "
                              f"{first['path']}, {first['crc32']})")
-    if before.get("hold_out") == settings["hold_out"] and (
-            before.get(HELD_OUT) != settings.get(HELD_OUT)):
-        advice = "train images were added, removed or renamed since: restore them"
     if different:
         raise UserError(f"{start.path} comes from a run with other settings: "
                         f"{', '.join(different)}; {advice}")
@@ -126,16 +123,14 @@ def _is_of_run(path: str, folder: str) -> bool:
                              and Path(path).name in RUN_FILES)
 
 
-def _comes_from_before(best: Path, epoch: int) -> bool:
-    """Whether a best_checkpoint.pth is there and was written before ``epoch``.
+def _best_is_from_before(log: Path, epoch: int) -> bool:
+    """Whether the best epoch in a log.txt is before ``epoch``.
 
-    The parent may have trained further, so its best checkpoint can be newer than the one that is
-    resumed.
+    A parent may have trained further, so its best_checkpoint.pth can be newer than the checkpoint
+    that is resumed.
     """
-    try:
-        return best.exists() and convert_to_deit.load(str(best)).get("epoch", epoch) < epoch
-    except convert_to_deit.CheckpointError:
-        return False
+    best = max(read_log(log), key=lambda row: row.get("test_acc1", -1), default=None)
+    return best is not None and best["epoch"] < epoch
 
 
 def read_log(path: Path) -> List[Dict[str, Any]]:
@@ -168,10 +163,9 @@ class RunFolder:
         self.path = Path(path)
 
     def check(self) -> str:
-        """Return the folder's path. Raises UserError if it cannot be written or if another run is
-        writing to it.
+        """Return the folder's path, and create nothing.
 
-        Creates nothing.
+        Raises UserError if it cannot be written or if another run is writing to it.
         """
         require_writable(self.path, "--output_dir")
         if (self.path / ".lock").exists():
@@ -219,7 +213,8 @@ class RunFolder:
         with convert_to_deit.atomic_write(str(self.path / "log.txt")) as file:
             file.write(lines.encode())
         best = Path(start.path).with_name("best_checkpoint.pth")
-        if start.parent and not start.continues and _comes_from_before(best, start.epoch):
+        if start.parent and not start.continues and best.exists() and _best_is_from_before(
+                best.with_name("log.txt"), start.epoch):
             with convert_to_deit.atomic_write(str(self.path / best.name)) as file, \
                     best.open("rb") as parents:
                 shutil.copyfileobj(parents, file)

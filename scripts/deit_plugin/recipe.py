@@ -35,8 +35,8 @@ def compare(args: Namespace, plan: Plan, data: Data) -> Comparison:
     """
     settings, published = {**plan.settings, TEST_IMAGES: len(data.test)}, None
     if args.hold_out:
-        names = [*zip(names_of(data.test, args.data_path), data.test.targets)]
-        settings[HELD_OUT] = f"{zlib.crc32(repr(names).encode(errors='surrogateescape')):08x}"
+        images = list(zip(names_of(data.test, args.data_path), data.test.targets))
+        settings[HELD_OUT] = f"{zlib.crc32(repr(images).encode()):08x}"
     if data.train is not None:
         settings[TRAIN_IMAGES] = len(data.train)
         settings[STEPS] = _steps(len(data.train), args, plan.accum_iter)
