@@ -191,14 +191,20 @@ def test_what_is_no_moco_vit_is_refused_with_its_reason(tmp_path, capfd, content
 
 
 def test_damage_is_refused(tmp_path, capfd):
-    generate.moco_checkpoint(tmp_path / "input.pth", width=64, depth=2)
+    """A file that was cut short, and one bit in the pickle or in a tensor, also in unused ones."""
+    state = generate.moco_checkpoint(tmp_path / "input.pth", width=64, depth=2)["state_dict"]
     whole = (tmp_path / "input.pth").read_bytes()
-    for part in (0.01, 0.2, 0.35, 0.5, 0.65, 0.8):
-        position = int(part * len(whole))
+    damaged = [whole[:int(part * len(whole))] for part in (0.01, 0.2, 0.35, 0.5, 0.65, 0.8)]
+    layers = [state[f"module.{encoder}.blocks.1.{layer}.weight"].numpy().tobytes()
+              for encoder in ("base_encoder", "momentum_encoder")
+              for layer in ("attn.qkv", "mlp.fc1")]
+    for content in (b"state_dict", *layers):  # a bit between the zip file's members is harmless
+        position = whole.index(content) + len(content) // 2
         flipped = bytes([whole[position] ^ 4])
-        for damaged in (whole[:position], whole[:position] + flipped + whole[position + 1:]):
-            line = refusal(capfd, run(tmp_path, damaged)[0], tmp_path)
-            assert "damaged" in line and "download it again" in line
+        damaged.append(whole[:position] + flipped + whole[position + 1:])
+    for each in damaged:
+        line = refusal(capfd, run(tmp_path, each)[0], tmp_path)
+        assert "damaged" in line and "download it again" in line
 
 
 class RunsCode:
