@@ -84,6 +84,8 @@ def find_images(paths: List[str]) -> List[str]:
             if left_out:
                 print(f"warning: {path}: {left_out_in_words(left_out)}", file=sys.stderr)
             found += images
+        elif not os.path.isfile(path):
+            raise errors.UserError(f"{path} is a pipe or a device: pass an image or a folder")
         else:
             found.append(path)
     if not found:
@@ -99,6 +101,8 @@ def batches(paths: List[str], finished: Any, args: argparse.Namespace
     """
     import torch
     from torch.utils.data import DataLoader
+
+    from deit_plugin import loaders
 
     def read(path):
         try:
@@ -119,8 +123,8 @@ def batches(paths: List[str], finished: Any, args: argparse.Namespace
         def __getitem__(self, index):
             return paths[index], read(paths[index])
 
-    yield from DataLoader(Photos(), args.batch_size, num_workers=min(args.num_workers, len(paths)),
-                          collate_fn=collate, worker_init_fn=errors.begin_data_worker)
+    yield from DataLoader(Photos(), args.batch_size, collate_fn=collate,
+                          **loaders.in_workers(min(args.num_workers, len(paths))))
 
 
 if __name__ == "__main__":

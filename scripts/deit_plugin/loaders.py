@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from argparse import Namespace
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy
 import torch
@@ -101,6 +101,16 @@ def training(loader: DataLoader, batches: Batches) -> DataLoader:
     return _persistent(loader, Augmented(loader.dataset), batches)
 
 
+def in_workers(number: int) -> Dict[str, Any]:
+    """The arguments of a DataLoader for that many data workers; all loaders here take them.
+
+    Since Python 3.14, multiprocessing would start a worker as a new interpreter by default. There,
+    ``import datasets`` finds DeiT's, and not all that a loader holds can be pickled.
+    """
+    return {"num_workers": number, "worker_init_fn": begin_data_worker,
+            "multiprocessing_context": "fork" if number else None}
+
+
 def _persistent(loader: DataLoader, dataset: Any, batches: Any,
                 generator: Optional[torch.Generator] = None) -> DataLoader:
     """A loader whose workers live until it is deleted.
@@ -109,9 +119,9 @@ def _persistent(loader: DataLoader, dataset: Any, batches: Any,
     """
     time.sleep(SETTLING)
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=loader.num_workers, generator=generator,
-        pin_memory=loader.pin_memory, collate_fn=loader.collate_fn,
-        persistent_workers=loader.num_workers > 0, worker_init_fn=begin_data_worker)
+        dataset, batch_sampler=batches, generator=generator, pin_memory=loader.pin_memory,
+        collate_fn=loader.collate_fn, persistent_workers=loader.num_workers > 0,
+        **in_workers(loader.num_workers))
 
 
 def evaluation(loader: DataLoader, args: Namespace) -> DataLoader:

@@ -1,0 +1,123 @@
+"""What differs between machines: how processes start, file systems, full disks, and who reads."""
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import generate
+from conftest import error_of, log_of, train
+from launches import ROOT, SCRIPTS, environment, fork, fork_script, launch
+
+
+def start_processes_anew():
+    """As Python 3.14 does by default: a data worker would import everything by itself."""
+    import multiprocessing
+
+    multiprocessing.set_start_method("forkserver", force=True)
+
+
+def test_data_workers_with_any_start_method(data, flags, tmp_path):
+    options = {"before": start_processes_anew}
+    flags += ["--num_workers", "1"]
+    assert "ready" in train("pets", *flags, "--check", **options).stdout
+    train("pets", *flags, "--epochs", "1", **options)
+    path = tmp_path / "run" / "best_checkpoint.pth"
+    assert "test accuracy" in train("pets", *flags, "--eval", "--resume", path, **options).stdout
+    photo = next((data / "pets" / "images").glob("*.jpg"))
+    done = fork_script(SCRIPTS / "predict.py", "--resume", path, photo, variables=environment(),
+                       **options)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2), done.stderr
+
+
+def test_a_file_system_without_locks_and_fsync(flags, tmp_path):
+    """As Lustre without flock, and some CIFS mounts. Python imports sitecustomize at its start."""
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent("""
+        import errno, fcntl, os
+
+        def refuse(number):
+            def answer(*_):
+                raise OSError(number, os.strerror(number))
+            return answer
+
+        fcntl.flock = fcntl.lockf = refuse(errno.ENOSYS)
+        os.fsync = refuse(errno.EINVAL)
+        """))
+    done = launch("pets", *flags, PYTHONPATH=tmp_path)
+    assert done.returncode == 0 and len(log_of(tmp_path / "run")) == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot be locked" in done.stderr
+
+
+def test_a_lock_file_that_cannot_be_opened_stops_no_run(flags, tmp_path):
+    """As somebody else's; root can open all but a folder."""
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    assert "cannot be locked" in train("pets", *flags).stderr
+
+
+@pytest.fixture(scope="module")
+def run(data, checkpoint, tmp_path_factory):
+    """The folder of a Pets run."""
+    folder = tmp_path_factory.mktemp("run")
+    train("pets", "--resume", checkpoint, "--data-path", data / "pets", "--output_dir", folder,
+          "--epochs", "1")
+    return folder
+
+
+def print_to_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "check", "convert", "predict", "report",
+                                     "help"])
+def test_what_cannot_be_printed_is_an_error(command, data, flags, run, tmp_path):
+    """Of every command, also where argparse hides it."""
+    own, moco = run / "best_checkpoint.pth", tmp_path / "moco.pth"
+    more = {"train": [], "eval": ["--eval", "--resume", own], "check": ["--check"]}
+    scripts = {"convert": (ROOT / "convert_to_deit.py", "--input", moco, "--output",
+                           tmp_path / "c"),
+               "predict": (SCRIPTS / "predict.py", "--resume", own, data / "pets" / "images"),
+               "report": (SCRIPTS / "report.py", run, "--output", tmp_path / "report.png"),
+               "help": (SCRIPTS / "predict.py", "--help")}
+    if command == "convert":
+        generate.moco_checkpoint(moco, width=64, depth=2)
+    done = (fork("pets", *flags, *more[command], before=print_to_a_full_disk) if command in more
+            else fork_script(*scripts[command], variables=environment(),
+                             before=print_to_a_full_disk))
+    line = error_of(done, status=1)
+    assert "disk full: standard output" in line or "c was written: No space left" in line
+
+
+PRINTS = """
+import os, sys, time
+sys.path.insert(0, {scripts!r})
+from deit_plugin import errors
+
+def main():
+    print("first", flush=True)
+    while not os.path.exists({closed!r}):
+        time.sleep(0.01)
+    print("second", flush=True)
+    open({done!r}, "w").close()
+
+errors.guard(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["terminal", "pipe", "closed"])
+def test_where_nobody_reads_any_more_a_run_goes_on(how, tmp_path):
+    """As after `| head`, without nohup's file when the terminal is closed, and with >&- 2>&-."""
+    closed, done = tmp_path / "closed", tmp_path / "done"
+    program = PRINTS.format(scripts=str(SCRIPTS), closed=str(closed), done=str(done))
+    ours, its = os.openpty() if how == "terminal" else os.pipe()
+    words = [sys.executable, "-c", program]
+    if how == "closed":
+        words = ["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *words]
+    with subprocess.Popen(words, stdout=its, stderr=its, start_new_session=True) as process:
+        os.close(its)
+        if how != "closed":
+            assert os.read(ours, 5) == b"first"
+        os.close(ours)
+        closed.touch()
+        assert process.wait(60) == 0
+    assert done.exists()
