@@ -12,7 +12,8 @@ import re
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 try:
     import numpy
@@ -34,6 +35,8 @@ MISNAMED = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks
             "blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "blocks.14.mlp.fc2"}
 WANTED = "pass a ViT checkpoint of MoCo v3"
 ENCODER = re.compile(r"(module\.)?base_encoder\.")  # the prefix of names in MoCo v3's own files
+# What fsync answers where it does not exist, as on some CIFS mounts.
+CANNOT_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 # Safe loading also accepts DeiT's arguments and NumPy's numbers (under NumPy 1's and 2's names).
 if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch 2.6 and newer
     scalar = numpy.float64().__reduce__()[0]
@@ -49,9 +52,10 @@ class CheckpointError(ValueError):
 def load(path: str, trust: bool = False) -> Any:
     """Read a checkpoint of torch or safetensors onto the CPU.
 
-    With torch 2.1 or newer, tensors are mapped into memory and no code in the file runs. Replace
-    the file only by renaming another over it: tensors that are in use would change with it. An
-    older torch reads the whole file and runs whatever code it contains.
+    With torch 2.1 or newer, no code in the file runs, and its tensors are mapped into memory where
+    the file system can do that. Replace the file only by renaming another over it: tensors that are
+    in use would change with it. An older torch reads the whole file and runs whatever code it
+    contains.
 
     Args:
         path: the file.
@@ -61,17 +65,22 @@ def load(path: str, trust: bool = False) -> Any:
     Raises CheckpointError if the file cannot be read, is damaged, or needs `trust`.
     """
     start = b""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CheckpointError("it is a pipe or a device; pass the path of a file")
     try:
         with open(path, "rb") as file:
             start = file.read(30)
-        if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a header in JSON
-            from safetensors.torch import load_file
+            if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a header in JSON
+                from safetensors.torch import load
 
-            return load_file(path)
+                file.seek(0)
+                return load(file.read())
         options = {"weights_only": not trust} if SAFE_AND_MAPPED else {}
         # torch would map compressed members too, and silently read wrong numbers from them.
         if start.startswith(b"PK") and _verify_checksums(path) and SAFE_AND_MAPPED:
-            options["mmap"] = True
+            # Some network file systems map no files; if something else is wrong, it shows below.
+            with contextlib.suppress(RuntimeError):
+                return torch.load(path, map_location="cpu", mmap=True, **options)
         return torch.load(path, map_location="cpu", **options)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise CheckpointError(_why_unreadable(error, start)) from error
@@ -117,32 +126,63 @@ def _why_unreadable(error: Exception, start: bytes) -> str:
     return f"damaged, cut short or not a PyTorch checkpoint ({detail}); copy or download it again"
 
 
+def check_output(path: str, flag: str = "", source: str = "") -> None:
+    """Raise OSError if `path` cannot become a file, or is `source`, which `flag` has named."""
+    if not os.path.basename(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is a folder, a pipe or a device; pass the path of a file")
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(source, path):
+        raise OSError(f"it is the same file as {flag}; pass another path")
+    check_folder(os.path.dirname(os.path.realpath(path)))
+
+
+def check_folder(path: str) -> None:
+    """Raise OSError if files cannot be written to a folder, which may not exist yet."""
+    nearest = os.path.abspath(path)
+    while not os.path.lexists(nearest):  # missing folders are created below this one
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OSError(f"{nearest} is not a folder that you may write to; pass another path")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[BinaryIO]:
     """Open a binary file that replaces the one at `path` when the block ends.
 
-    The file is written beside `path`, flushed to disk and renamed. If the block or the disk fails,
-    nothing of it stays, and `path` is as before. A missing folder is created.
+    The file is written beside `path`, flushed to disk and renamed. A missing folder is created. If
+    the block or the disk fails, nothing of all this stays, and `path` is as before. Call
+    `check_output` first, when nothing has been computed yet.
 
     Raises OSError with `path` as its `filename`.
     """
     path = os.path.realpath(path)  # replace what a symbolic link points to, not the link
     folder, name = os.path.split(path)
     aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    missing = [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
     try:
         os.makedirs(folder, exist_ok=True)
         with open(aside, "w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         os.replace(aside, path)
-    except OSError as error:
-        if error.filename in (None, aside):
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # it was not made
+            os.unlink(aside)
+        for each in missing:
+            with contextlib.suppress(OSError):  # it was not made, or others use it
+                os.rmdir(each)
+        if isinstance(error, OSError) and error.filename in (None, aside):
             error.filename = path
         raise
-    finally:
-        with contextlib.suppress(OSError):  # it is gone once renamed
-            os.unlink(aside)
+
+
+def flush_to_disk(file: IO) -> None:
+    """Write an open file to the disk, as far as its file system can. Raises OSError."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in CANNOT_FSYNC:
+            raise
 
 
 def save(content: Dict[str, Any], path: str) -> int:
@@ -293,19 +333,6 @@ def _find_prefix(weights: Dict[str, torch.Tensor]) -> str:
     return prefixes[0]
 
 
-def _check_output(source: str, target: str) -> None:
-    """Raise OSError if `target` cannot become the converted checkpoint of `source`."""
-    if not os.path.basename(target) or os.path.exists(target) and not os.path.isfile(target):
-        raise OSError("it is a folder or a device; pass the path of a file")
-    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
-        raise OSError("it is the same file as --input; pass another path")
-    folder = os.path.dirname(os.path.realpath(target))
-    while not os.path.exists(folder):  # missing folders are created below this one
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(f"{folder} is not a folder that you may write to; pass another path")
-
-
 def main(argv: Optional[List[str]] = None) -> None:
     """Run the command line. Raises SystemExit with one line if nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -318,7 +345,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                              "this runs the code in it")
     args = parser.parse_args(argv)
     try:
-        _check_output(args.input, args.output)
+        check_output(args.output, "--input", args.input)
         checkpoint = load(args.input, args.trust)
         model, found = convert(checkpoint)
         size = save({"model": model}, args.output)
@@ -331,9 +358,14 @@ def main(argv: Optional[List[str]] = None) -> None:
     title, fits, _ = recognise(model)
     values = sum(tensor.numel() for tensor in model.values())
     epoch = checkpoint.get("epoch", "unknown") if isinstance(checkpoint, dict) else "unknown"
-    print(f"{title}, epoch {epoch}: {found}")
-    print(f"Use it with --model {fits}." if fits else "No model of DeiT has this width.")
-    print(f"{len(model)} tensors, {values:,} values: {args.output}, {size / 1e6:.1f} MB")
+    use = f"Use it with --model {fits}." if fits else "No model of DeiT has this width."
+    try:
+        print(f"{title}, epoch {epoch}: {found}\n{use}\n{len(model)} tensors, {values:,} values: "
+              f"{args.output}, {size / 1e6:.1f} MB", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try and complain again
+        if not isinstance(error, BrokenPipeError):  # as `| head` makes it
+            sys.exit(f"error: cannot print that {args.output} was written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,7 @@ def save_and_flip_a_bit(content, file, save=torch.save):
 
 @pytest.mark.parametrize("function, change, words", [
     ("os.fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "no space")), "no space"),
+    ("os.fsync", mock.Mock(side_effect=OSError(errno.EIO, "broken disk")), "broken disk"),
     ("os.fsync", mock.Mock(side_effect=KeyboardInterrupt()), "interrupted"),
     ("torch.save", save_and_flip_a_bit, "other bytes")])
 def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, function, change, words):
@@ -248,7 +249,22 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, capfd, monkeypatch, functio
     err = capfd.readouterr().err
     assert words in err and err.count("\n") == 1
     assert (tmp_path / "output.pth").read_text() == "old"
+    assert status_of(tmp_path / "input.pth", tmp_path / "new" / "deep" / "output.pth") == 1
     assert sorted(os.listdir(str(tmp_path))) == ["input.pth", "output.pth"]
+
+
+def test_a_file_system_without_mmap_and_fsync(tmp_path, monkeypatch):
+    def refuse(number):
+        return mock.Mock(side_effect=(RuntimeError if number == errno.ENODEV else OSError)(
+            number, f"unable to mmap 9 bytes: {os.strerror(number)}"))
+
+    storage = getattr(torch, "UntypedStorage", None)  # torch before 2.0 does not map
+    if storage:
+        monkeypatch.setattr(storage, "from_file", refuse(errno.ENODEV))
+    monkeypatch.setattr("os.fsync", refuse(errno.EINVAL))
+    status, output = run(tmp_path, MOCO)
+    assert status == 0
+    assert_same(renamed(MOCO, r"base_encoder\.", ""), output)
 
 
 def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
@@ -261,7 +277,7 @@ def test_a_link_is_followed_and_the_folder_is_made(tmp_path):
 @pytest.mark.parametrize("source, target, words", [
     ("~/none.pth", "~/out.pth", "none.pth No such file"),
     ("~/in.pth", "~/folder", "folder"), ("~/in.pth", "~/new/", "folder"),
-    ("~/in.pth", "~/device", "device"),
+    ("~/in.pth", "~/device", "device"), ("~/device", "~/out.pth", "pipe"),
     ("~/in.pth", "~/in.pth", "same file"),
     ("~/in.pth", "~/in.pth/out.pth", "not written"),
 ])

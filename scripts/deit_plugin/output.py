@@ -142,20 +142,6 @@ def read_log(path: Path) -> List[Dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("epoch"), int)]
 
 
-def require_writable(folder: Path, flag: str) -> None:
-    """Raise UserError if files cannot be written to ``folder``, which may not exist yet."""
-    nearest = next(filter(os.path.exists, (folder, *folder.resolve().parents)))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder} cannot be written: see {nearest}, or pass another one")
-
-
-def require_writable_file(path: str, flag: str) -> None:
-    """Raise UserError if ``path`` cannot become a file."""
-    if Path(path).is_dir() or not os.path.basename(path):
-        raise UserError(f"{flag} {path} is a folder: pass the path of a file")
-    require_writable(Path(path).parent, flag)
-
-
 class RunFolder:
     """``--output_dir`` of one run. Only rank 0 writes there."""
 
@@ -167,22 +153,28 @@ class RunFolder:
 
         Raises UserError if it cannot be written or if another run is writing to it.
         """
-        require_writable(self.path, "--output_dir")
+        try:
+            convert_to_deit.check_folder(str(self.path))
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written: {error}") from error
         if (self.path / ".lock").exists():
-            with open(self.path / ".lock") as lock:
-                self._lock(lock, fcntl.LOCK_SH)  # shared, since all ranks of this launch do this
+            self._lock("r", fcntl.LOCK_SH)  # shared, since all ranks of this launch do this
         return str(self.path)
 
     def claim(self) -> None:
         """Create the folder and lock it until this process ends."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the end)
-        self._lock(self._claim, fcntl.LOCK_EX)
+        self._claim = self._lock("a+", fcntl.LOCK_EX)
 
-    def _lock(self, file: IO, kind: int) -> None:
-        """Take a lock that ends with the process. Forked data workers would inherit a flock."""
+    def _lock(self, mode: str, kind: int) -> Optional[IO]:
+        """Take a lock that ends when its file is closed; None if it cannot be had here.
+
+        Forked data workers would inherit a flock.
+        """
         try:
+            file = open(self.path / ".lock", mode)  # noqa: SIM115 (may be held until the end)
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
+            return file
         except BlockingIOError:
             raise UserError(f"--output_dir {self.path} is being written by another run: wait for "
                             "it, stop it, or pass another folder") from None
@@ -249,8 +241,7 @@ class RunFolder:
         """Append an epoch's row to log.txt, flushed to disk."""
         with open(self.path / "log.txt", "a") as log:
             log.write(json.dumps(row) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
+            convert_to_deit.flush_to_disk(log)
 
     def save(self, name: str, state: Dict[str, Any]) -> None:
         """Write a checkpoint, complete or not at all."""

@@ -42,7 +42,8 @@ def forget_torchrun_variables() -> None:
 def temporary_folder() -> Iterator[str]:
     """A folder for all temporary files of a launch; those of launches that were killed are removed.
 
-    A lock, which ends with its process, tells whether a launch still uses its folder.
+    A lock, which ends with its process, tells whether a launch still uses its folder. On a file
+    system without locks, the folder of a killed launch stays.
     """
     for path in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*", LOCK)):
         with contextlib.suppress(OSError), open(path) as lock:  # it is in use, or not ours
@@ -50,7 +51,8 @@ def temporary_folder() -> Iterator[str]:
             shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder, \
             open(os.path.join(folder, "new"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(lock.name, os.path.join(folder, LOCK))  # nobody finds it before it is locked
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(lock.name, os.path.join(folder, LOCK))  # nobody finds it before it is locked
         os.environ["TMPDIR"] = folder
         yield folder
