@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import os
 import shutil
 import warnings
@@ -186,22 +187,26 @@ HIDDEN = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "Thumb
 def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
     """The paths of all images below a folder, in torchvision's order; the other files' endings.
 
-    Hidden files and folders do not count. Symbolic links are followed. Raises OSError for a folder
-    that cannot be read.
+    Hidden files and folders do not count. Symbolic links are followed; one that leads nowhere is
+    taken for a file, which is named when it is read. Pipes, sockets and devices are left out: to
+    open one could take forever. Raises OSError for a folder that cannot be read.
     """
-    def refuse(error: OSError) -> None:
-        raise error
-
-    walked, images, left_out = [], [], Counter()
-    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = filter(_is_visible, folders)
-        walked.append((where, sorted(filter(_is_visible, files))))
-    for where, files in sorted(walked):
-        for path in (os.path.join(where, name) for name in files):
-            if is_image(path):
-                images.append(path)
+    folders, walked, images, left_out = [folder], [], [], Counter()
+    while folders:
+        where = folders.pop()
+        with os.scandir(where) as found:
+            entries = [entry for entry in found if _is_visible(entry.name)]
+        folders += [entry.path for entry in entries if entry.is_dir()]
+        walked.append((where, sorted((entry for entry in entries if not entry.is_dir()),
+                                     key=operator.attrgetter("name"))))
+    for _, entries in sorted(walked, key=operator.itemgetter(0)):
+        for entry in entries:
+            if not entry.is_file() and os.path.exists(entry.path):
+                left_out["not a regular file"] += 1
+            elif is_image(entry.path):
+                images.append(entry.path)
             else:
-                left_out[os.path.splitext(path)[1] or "without an ending"] += 1
+                left_out[os.path.splitext(entry.name)[1] or "without an ending"] += 1
     return images, left_out
 
 

@@ -4,6 +4,7 @@ import functools
 import http.server
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -97,6 +98,18 @@ def test_images_labels_and_transforms_are_the_published_ones(data, name, size, m
     assert len(names[1]) == classes and names[0] in (names[1], None)  # or known by number only
     assert [dataset.targets[index] for index in some] == list(labels)
     assert all(type(label) is int for label in labels)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "flowers", "pets", "imagenet", "folder"])
+def test_a_data_worker_may_be_a_new_process(name, data):
+    """In a DeiT without scripts/, Python 3.14 sends the data set to its workers."""
+    args = Namespace(data_set=name, data_path=str(data / name), input_size=57, reprob=0.0,
+                     color_jitter=0.3, train_interpolation="bicubic", aa=None, remode="pixel",
+                     recount=1)
+    dataset, _ = datasets.build_dataset(False, args)
+    image, label = pickle.loads(pickle.dumps(dataset))[0]
+    assert torch.equal(image, dataset[0][0]) and label == dataset[0][1]
+    pickle.dumps(datasets.build_dataset(True, args)[0])
 
 
 def test_random_erasing_after_normalisation():
@@ -368,6 +381,8 @@ def test_whatever_pillow_opens_is_used_and_hidden_files_are_not(copy, tmp_path):
         shown(bee / name, picture, format=form)
     (bee / "movie.mp4").write_bytes(b"\0" * 99)
     (bee / "notes").write_text("none")
+    os.mkfifo(str(bee / "k.jpg"))  # to open a pipe would take forever
+    os.mkfifo(str(bee / "pipe"))
     (tmp_path / "outside").mkdir()
     shown(tmp_path / "outside" / "j.png", picture)
     (bee / "link").symlink_to(tmp_path / "outside")
@@ -378,7 +393,7 @@ def test_whatever_pillow_opens_is_used_and_hidden_files_are_not(copy, tmp_path):
     assert dataset.classes == ["ant", "bee", "cow"] and len(dataset) == before[0] + 5
     assert {Path(path).name for path, _ in dataset.samples} >= {
         "a.jfif", "b.gif", "c", "d.JPG", "j.png"}
-    assert dataset.left_out == {".mp4": 1, "without an ending": 1}
+    assert dataset.left_out == {".mp4": 1, "without an ending": 1, "not a regular file": 2}
     assert "1 .mp4" in datasets.left_out_in_words(dataset.left_out)
     assert len(build("folder", folder, False)) == before[1]
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -34,8 +35,24 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
     assert [node.returncode for node in done] == [0, 0], done
     assert "16 = 2 processes x 8 images" in done[0].stdout
     assert "Fine-tuning" not in done[1].stdout  # one node speaks for all
+    for number, (node, others) in enumerate(zip(done, ("1 more", "machine 1")), start=1):
+        assert f"This is machine {number} of 2, waiting for {others} at 127.0.0.1:" in node.stdout
+    assert "This machine has joined" in done[1].stdout and "joined" not in done[0].stdout
     train("pets", *flags, "--output_dir", tmp_path / "one", processes=2)
     assert results_of(tmp_path / "run") == results_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_waits_for_another_can_be_interrupted(rank, flags, tmp_path):
+    """There torch waits in C++, which runs none of Python's signal handlers."""
+    with running("pets", *flags, NNODES="2", NODE_RANK=rank, MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT=free_port()) as node:
+        assert f"machine {rank + 1} of 2, waiting for" in node.stdout.readline()
+        time.sleep(4)  # until it waits, which nothing shows
+        node.send_signal(signal.SIGINT)
+        done = end_of(node, timeout=10)
+    assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr
+    assert not processes_of(tmp_path)
 
 
 @pytest.mark.parametrize("changed, says", [

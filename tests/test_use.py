@@ -1,7 +1,9 @@
 """What follows training: evaluation, predictions, labels for new images, an export; --hold-out."""
 import csv
 import json
+import os
 import re
+import resource
 import shutil
 from argparse import Namespace
 
@@ -14,10 +16,12 @@ from PIL import Image
 import generate
 import published
 from conftest import error_of, log_of, saved, train
-from deit_plugin import hold_out
+from deit_plugin import evaluation, hold_out
 from deit_plugin.errors import UserError
 from launches import SCRIPTS, environment, fork, fork_script
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 TIMM_LOADS_FOLDERS = hasattr(getattr(timm.models, "_hub", None), "load_model_config_from_path")
 
 
@@ -45,9 +49,14 @@ def logits(run, data):
         return model.eval()(torch.stack(images)).numpy().astype(float), numpy.array(labels)
 
 
-def python(script, *arguments):
+def python(script, *arguments, **options):
     """Without a DeiT."""
-    return fork_script(SCRIPTS / script, *arguments, variables=environment(DEIT_DIR=None))
+    return fork_script(SCRIPTS / script, *arguments, variables=environment(DEIT_DIR=None),
+                       **options)
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
 
 
 def rows_of(text):
@@ -103,6 +112,25 @@ def test_predictions_that_cannot_be_written_are_refused_at_once(run, data, tmp_p
     assert str(tmp_path) in error_of(refused) and "accuracy" not in refused.stdout
 
 
+def test_predictions_replace_nothing_but_predictions(tmp_path):
+    checkpoint, link, notes, pipe, own = (
+        tmp_path / name for name in ("a.pth", "link.csv", "notes.csv", "pipe", "own.csv"))
+    checkpoint.write_bytes(b"PK")
+    link.symlink_to(checkpoint)
+    notes.write_text("image,my label\n")
+    os.mkfifo(str(pipe))
+    own.write_text("image,label,predicted,probability\n")
+    (tmp_path / "empty").touch()
+    for path, says in ((checkpoint, "same file as --resume"), (link, "same file"), (pipe, "pipe"),
+                       (notes, "not what --predictions writes"), (tmp_path, "folder"),
+                       (own / "a.csv", str(own)), ("/dev/full", "device")):
+        with pytest.raises(UserError, match=says) as refusal:
+            evaluation.check_predictions(str(path), str(checkpoint))
+        assert str(path) in str(refusal.value)
+    for path in (own, tmp_path / "empty", tmp_path / "new" / "folder" / "a.csv"):
+        evaluation.check_predictions(str(path), str(checkpoint))
+
+
 def test_predict_labels_new_images(run, data, tmp_path):
     """The same as --eval; what cannot be read is named, and the others are labelled."""
     photos = tmp_path / "photos"
@@ -113,10 +141,12 @@ def test_predict_labels_new_images(run, data, tmp_path):
     shutil.copy(images[0], photos / ".hidden.jpg")
     (photos / "broken.jpg").write_bytes(images[0].read_bytes()[:200])
     (photos / "notes.txt").write_text("none")
+    os.mkfifo(str(photos / "pipe.jpg"))
     path = run / "best_checkpoint.pth"
     done = python("predict.py", "--resume", path, photos, "--batch-size", "3")
     assert done.returncode == 1 and str(photos / "broken.jpg") in done.stderr, done.stderr
-    assert ".txt" in done.stderr and "Traceback" not in done.stderr
+    assert ".txt" in done.stderr and "1 not a regular file" in done.stderr
+    assert "Traceback" not in done.stderr
     train("pets", "--eval", "--resume", path, "--data-path", data / "pets", "--predictions",
           tmp_path / "eval.csv", small=False)
     expected = {row["image"].rpartition("/")[2]: (row["predicted"], row["probability"])
@@ -130,7 +160,7 @@ def test_predict_labels_new_images(run, data, tmp_path):
     probabilities = [float(row["probability"]) for row in rows_of(top.stdout)]
     assert len(probabilities) == 3 and probabilities == sorted(probabilities)[::-1]
     for wrong, says in ((["/nowhere"], "/nowhere"), ([tmp_path / "empty"], "no images"),
-                        ([photos, "--top", "0"], "--top 0")):
+                        ([photos, "--top", "0"], "--top 0"), ([photos / "pipe.jpg"], "pipe")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         failed = python("predict.py", "--resume", path, *wrong)
         assert failed.returncode == 2 and says in failed.stderr.splitlines()[-1]
@@ -146,6 +176,7 @@ def test_export_gives_the_same_logits_in_timm(run, data, tmp_path):
         return
     assert done.returncode == 0 and sorted(path.name for path in out.iterdir()) == [
         "config.json", "model.safetensors"], done.stderr
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~UMASK}
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     path = data / "pets" / "images" / "dog_breed2_9.jpg"
@@ -156,6 +187,24 @@ def test_export_gives_the_same_logits_in_timm(run, data, tmp_path):
     names = json.loads((out / "config.json").read_text())["label_names"]
     assert rows_of(shown) == [{"image": str(path), "class": names[label],
                                "probability": f"{probability.item():.6f}"}]
+
+
+@pytest.mark.skipif(not TIMM_LOADS_FOLDERS, reason="timm before 1.0.16")
+def test_an_export_replaces_nothing_but_an_export(run, tmp_path):
+    flags, out = ["--resume", run / "best_checkpoint.pth", "--output"], tmp_path / "new" / "out"
+    line = error_of(python("export.py", *flags, out, before=limit_file_size), status=1)
+    assert "model.safetensors" in line and not (tmp_path / "new").exists()
+    for _ in range(2):
+        assert python("export.py", *flags, out).returncode == 0
+    (out / "config.json").write_text('{"architecture": "resnet50"}')
+    before = (out / "model.safetensors").read_bytes()
+    for left in (2, 1):
+        line = error_of(python("export.py", *flags, out))
+        assert "not written by export.py" in line and len(list(out.iterdir())) == left
+        assert (out / "model.safetensors").read_bytes() == before
+        (out / "config.json").unlink(missing_ok=True)
+    os.mkfifo(str(tmp_path / "config.json"))
+    assert "config.json" in error_of(python("export.py", *flags, tmp_path))
 
 
 def test_a_vit_small_on_a_transparent_photo(tmp_path):
@@ -207,6 +256,25 @@ def test_hold_out_takes_a_share_of_each_class(share, held_out):
     assert out.transform == "evaluate"
     with pytest.raises(UserError, match="class h has only one"):
         hold_out.split(Namespace(targets=[0, 0, 1], classes=["g", "h"], samples=[]), share, None)
+
+
+class Labels(list):
+    """A list that counts how often it becomes an array."""
+
+    conversions = 0
+
+    def __array__(self, *_, **__):
+        Labels.conversions += 1
+        return numpy.array(list(self))
+
+
+def test_hold_out_does_not_read_all_labels_for_each_class():
+    """With 4000 classes and 200,000 images that took a minute."""
+    labels = Labels(number % 100 for number in range(500))
+    images = Namespace(targets=labels, classes=[*map(str, range(100))], samples=list(range(500)),
+                       transform=None)
+    kept, out = hold_out.split(images, 0.2, None)
+    assert (len(kept.samples), len(out.samples), Labels.conversions) == (400, 100, 1)
 
 
 def test_a_held_out_run_never_looks_at_test_images(data, flags, tmp_path):

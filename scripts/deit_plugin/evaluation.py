@@ -1,4 +1,5 @@
 """Accuracy and loss over the test images of all processes, each counted once; predictions."""
+import contextlib
 import csv
 import io
 from argparse import Namespace
@@ -11,6 +12,9 @@ from torch.nn.functional import cross_entropy
 import convert_to_deit
 
 from .data import Data, names_of
+from .errors import UserError
+
+COLUMNS = ["image", "label", "predicted", "probability"]
 
 
 class Evaluation(NamedTuple):
@@ -89,13 +93,26 @@ def gather(predictions: torch.Tensor, images: int, world_size: int) -> List[Tupl
     return [(int(label), probability) for label, probability in rows]
 
 
+def check_predictions(path: str, checkpoint: str) -> None:
+    """Raise UserError if ``path`` cannot become a CSV file, or is a file of another kind."""
+    try:
+        convert_to_deit.check_output(path, "--resume", checkpoint)
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            start = file.read(len(",".join(COLUMNS)))
+            if start and start != ",".join(COLUMNS).encode():
+                raise OSError("it is not what --predictions writes; pass another path, or delete "
+                              "that file")
+    except OSError as error:
+        raise UserError(f"--predictions {path}: {error.strerror or error}") from error
+
+
 def write_predictions(path: str, predictions: List[Tuple[int, float]], data: Data, args: Namespace
                       ) -> None:
     """Write a CSV file with a row for each test image, complete or not at all."""
     with convert_to_deit.atomic_write(path) as file:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["image", "label", "predicted", "probability"])
+        rows.writerow(COLUMNS)
         for name, label, (predicted, probability) in zip(
                 names_of(data.test, args.data_path), data.test.targets, predictions):
             rows.writerow([name, data.classes[label], data.classes[predicted],

@@ -18,8 +18,9 @@ def split(dataset: Any, share: float, transform: Callable) -> Tuple[Any, Any]:
         raise UserError(f"--hold-out {share}: cannot divide a data set that has neither samples "
                         "nor data; leave --hold-out out")
     random, kept, held_out = numpy.random.RandomState(0), [], []
+    targets = numpy.asarray(dataset.targets)  # once, since a list takes long to compare
     for label, name in enumerate(dataset.classes):
-        indices = random.permutation(numpy.flatnonzero(numpy.equal(dataset.targets, label)))
+        indices = random.permutation(numpy.flatnonzero(targets == label))
         if len(indices) == 1:
             raise UserError(f"--hold-out {share}: class {name} has only one train image; add "
                             "another one or remove the class")

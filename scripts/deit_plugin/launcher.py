@@ -26,27 +26,43 @@ def main() -> None:
         os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
         os.environ[errors.STATUS] = os.path.join(folder, "status")
         signal.signal(signal.SIGINT, interrupted)  # until torch's launcher handles it
-        check_gpus()
-        sys.exit(launch(folder))
+        args = parse()
+        check_gpus(args)
+        if args.nnodes > 1:
+            others = "machine 1" if args.node_rank else f"{args.nnodes - 1} more"
+            print(f"This is machine {args.node_rank + 1} of {args.nnodes}, waiting for {others} at "
+                  f"{args.master_addr}:{args.master_port}", flush=True)
+        sys.exit(launch(folder, args.nnodes))
 
 
-def check_gpus() -> None:
+def parse() -> argparse.Namespace:
+    """What this module needs to know of the command line, which torch's launcher parses."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda")
+    for name in ("nproc_per_node", "nnodes", "node_rank"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("master_addr", "master_port"):
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args()[0]
+
+
+def check_gpus(args: argparse.Namespace) -> None:
     """Refuse to start the processes if there are too few GPUs, which each would find by itself."""
     from deit_plugin import gpus
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--nproc_per_node", type=int, default=1)
-    args, _ = parser.parse_known_args()
     gpus.describe(args.device, args.nproc_per_node)
 
 
-def launch(folder: str) -> Optional[int]:
+def launch(folder: str, machines: int) -> Optional[int]:
     """Start the processes, with torch's own files in ``folder``; return the exit status."""
     try:
         from torch.distributed.run import main as launch_torch
 
         sys.argv[1:1] = ["--monitor_interval", str(errors.MONITOR_INTERVAL), "--log_dir", folder]
+        if machines > 1:
+            # torch waits for the others in C++, where no handler of Python's runs. When it starts
+            # its processes, it handles the signal itself, except in torch 1.9.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ImportError:  # before torch 1.9
         from torch.distributed.launch import main as launch_torch
 

@@ -1,5 +1,6 @@
 """One fine-tuning run: the methods that replace DeiT's functions while its ``main(args)`` runs."""
 import copy
+import os
 import random
 import shlex
 import sys
@@ -15,7 +16,14 @@ import torch.distributed
 from . import accumulation, errors, loaders, machines, options, output, provenance, recipe, weights
 from .data import Data, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
-from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
+from .evaluation import (
+    Evaluation,
+    check_predictions,
+    evaluate,
+    gather,
+    worst_classes,
+    write_predictions,
+)
 from .narrator import Narrator
 from .options import Plan
 from .output import RunFolder, Start
@@ -66,7 +74,7 @@ class Run:
         self.settings = self.comparison.settings
         output.check_start(start, self.settings, args, plan)
         if plan.predictions:
-            output.require_writable_file(plan.predictions, "--predictions")
+            check_predictions(plan.predictions, start.path)
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
         self.sampler = self.scheduler = self.trained = None
         self.places = []  # host and device of each rank
@@ -232,6 +240,10 @@ class Run:
             **provenance.of_process(self.args)}, self.args.device)
         self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
         machines.require_same(everyone, self.args.rank)
+        if self.args.rank and os.environ.get("LOCAL_RANK") == "0":  # the first on another machine
+            sys.stdout.write(f"This machine has joined: {self.places[0]['host']} prints the "
+                             f"progress of all {len(everyone)} processes\n")
+            sys.stdout.flush()
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every ``every`` epochs and after the last is due."""
