@@ -6,15 +6,19 @@
 Then timm.create_model("local-dir:birds", pretrained=True) makes it, anywhere.
 """
 import argparse
+import json
 import math
 import os
 import sys
-import tempfile
+from pathlib import Path
 from typing import Any, Dict, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from deit_plugin import errors, versions  # noqa: E402
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names that timm looks for
+MARK = "checkpoint_crc32"  # in config.json: which checkpoint was exported, and that we wrote it
 
 
 def main() -> None:
@@ -32,14 +36,13 @@ def main() -> None:
     import timm
 
     try:
-        from timm.models._hub import load_model_config_from_path, save_for_hf  # noqa: F401
+        from timm.models._hub import load_model_config_from_path  # noqa: F401
     except ImportError:
         raise errors.UserError(f"timm {timm.__version__} cannot load a model from a folder: type "
                                f"{sys.executable} -m pip install 'timm>=1.0.16'") from None
-    from deit_plugin import weights
+    from deit_plugin import provenance, weights
 
-    if os.path.exists(args.output) and not os.path.isdir(args.output):
-        raise errors.UserError(f"--output {args.output} is a file: pass a folder")
+    check_output(args.output, args.resume)
     finished = weights.finished(args.resume, args.trust)
     name, model_args = timm_model(finished.settings)
     model = timm.create_model(name, num_classes=len(finished.classes), **model_args)
@@ -47,14 +50,52 @@ def main() -> None:
     kept = ("architecture", "fixed_input_size", "first_conv", "classifier", "num_classes")
     model.pretrained_cfg = {**{key: model.pretrained_cfg[key] for key in kept},
                             **preprocessing(finished)}
-    os.makedirs(args.output, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output) as aside:  # no half-written file stays
-        save_for_hf(model, aside, {"label_names": finished.classes}, model_args,
-                    safe_serialization=True)
-        for file in sorted(os.listdir(aside)):
-            os.replace(os.path.join(aside, file), os.path.join(args.output, file))
+    write(args.output, model, model_args, {
+        "label_names": finished.classes, MARK: provenance.of_weights(args.resume)["crc32"]})
     print(f"{args.output}: {name} with {len(finished.classes)} classes\n"
           f'Use it with timm.create_model("local-dir:{args.output}", pretrained=True)')
+
+
+def check_output(folder: str, checkpoint: str) -> None:
+    """Raise UserError if the export cannot be written, or would replace files from elsewhere."""
+    from convert_to_deit import check_output
+
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise errors.UserError(f"--output {folder} is a file: pass a folder")
+    for path in (os.path.join(folder, name) for name in (WEIGHTS, CONFIG)):
+        try:
+            check_output(path, "--resume", checkpoint)
+        except OSError as error:
+            raise errors.UserError(f"--output {folder}: {path} cannot be written: {error}"
+                                   ) from error
+        if os.path.exists(path) and not is_export(folder):
+            raise errors.UserError(f"--output {folder}: {path} was not written by export.py: pass "
+                                   "a new folder, or delete that file")
+
+
+def is_export(folder: str) -> bool:
+    """Whether the config.json in the folder is one of ours."""
+    try:
+        return MARK in json.loads(Path(folder, CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def write(folder: str, model: Any, model_args: Dict[str, Any], facts: Dict[str, Any]) -> None:
+    """Write both files, complete or not at all. Raises OSError.
+
+    timm itself would write in place, readable for this user only, and end a full disk in a
+    traceback.
+    """
+    from safetensors.torch import save
+    from timm.models._hub import save_config_for_hf
+
+    from convert_to_deit import atomic_write
+
+    with atomic_write(os.path.join(folder, WEIGHTS)) as weights:
+        weights.write(save(model.state_dict()))
+        with atomic_write(os.path.join(folder, CONFIG)) as config:
+            save_config_for_hf(model, config.name, facts, model_args)
 
 
 def timm_model(settings: Dict[str, Any]) -> Tuple[str, Dict[str, Any]]:

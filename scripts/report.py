@@ -7,6 +7,7 @@ Runs are found at any depth below the folders. The table needs nothing but Pytho
 matplotlib.
 """
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,10 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from deit_plugin import errors  # noqa: E402
 
 # Accuracy in %, from the tables in MoCo v3's README.md and transfer/README.md.
 PUBLISHED = {"cifar10": 98.9, "cifar100": 90.5, "flowers": 97.7, "pets": 93.2, "imagenet": 83.2}
@@ -180,7 +185,10 @@ def differences(runs: List[LoggedRun]) -> List[str]:
 
 
 def draw(runs: List[LoggedRun], path: Path) -> None:
-    """Write a picture with the runs' curves. Raises ImportError, OSError, ValueError."""
+    """Write a picture with the runs' curves, complete or not at all.
+
+    Raises ImportError, OSError, ValueError.
+    """
     os.environ.pop("MPLBACKEND", None)  # nothing is shown on a screen
     warnings.simplefilter("ignore")  # characters without a glyph
     from matplotlib import style
@@ -212,7 +220,13 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
             panels[f"accuracy {data_set}"].axhline(accuracy, color="#555555", linestyle="--")
         figure.legend(*panels[right[0]].get_legend_handles_labels(), loc="outside lower center",
                       ncols=2, title="dashed: published by MoCo v3's authors" * bool(comparable))
-        figure.savefig(str(path))
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            figure.savefig(str(aside), format=path.suffix[1:])
+            aside.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # it is gone once renamed
+                aside.unlink()
 
 
 def label_of(run: LoggedRun) -> str:
@@ -251,6 +265,8 @@ def main() -> None:
         path = path / "report.png"
     elif not path.suffix:
         path = path.with_suffix(".png")
+    if path.exists() and not path.is_file():
+        sys.exit(f"error: cannot write {path}: it is a device; pass the path of a file")
     if len(runs) > len(drawn):
         notes.append(f"the picture shows the first {len(drawn)} of {len(runs)} runs")
     print(table(runs), NOTE, *seed_groups(runs), *differences(runs), *notes, sep="\n", flush=True)
@@ -265,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.guard(main)

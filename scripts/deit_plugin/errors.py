@@ -33,9 +33,9 @@ def guard(run: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+    sys.stdout, sys.stderr = _Output(sys.stdout, "output"), _Output(sys.stderr, "error output")
     try:
-        run()
+        _run_and_print(run)
     except UserError as error:
         _fail(f"error: {error}", REFUSED)
     except ImportError as error:
@@ -48,25 +48,47 @@ def guard(run: Callable[[], None]) -> None:
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
-class _Output:
-    """Wraps a stream: a closed pipe (`| head`) does not end the run, but drops later output."""
+def _run_and_print(run: Callable[[], None]) -> None:
+    """Call ``run()``, and raise OSError if something that it printed is lost."""
+    try:
+        run()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+
+class _Output:
+    """Wraps a stream: where nobody reads any more, later output is dropped and the run goes on.
+
+    That is a closed pipe (`| head`), a terminal that was closed, or a stream that was closed from
+    the start (`>&-`). Where output is lost, as on a full disk, OSError is raised with ``name``.
+    """
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._name = name
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+        self._is_terminal, self._lost = self._stream.isatty(), None
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it."""
-        try:
-            self._stream.write(text)
-        except OSError:
-            self._stream = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+        """Write the text."""
+        self._unless_nobody_reads(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop what cannot be written."""
+        """Flush the stream; raise again what ``write`` has raised, since argparse ignores that."""
+        self._unless_nobody_reads(lambda: self._stream.flush())
+        if self._lost:
+            raise self._lost
+
+    def _unless_nobody_reads(self, act: Callable[[], Any]) -> None:
         try:
-            self._stream.flush()
-        except OSError:
+            act()
+        except OSError as error:
+            closed = errno.EIO if self._is_terminal else errno.EPIPE
+            if error.errno != closed:
+                error.filename, self._lost = f"standard {self._name}", error
+                raise
             self._stream = open(os.devnull, "w")  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
@@ -159,12 +181,14 @@ def _fail(text: str, status: int) -> None:
             _end(status)
         except OSError:  # the launcher and its folder are gone, or that disk is full
             pass
-    sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all ranks but 0
+    with contextlib.suppress(OSError):  # there is no other place to say it
+        sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all ranks but 0
     _end(status)
 
 
 def _end(status: int) -> None:
     """Exit without the clean-up of libraries, which would wait for processes that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # what was lost is an error already
+            stream.flush()
     os._exit(status)
