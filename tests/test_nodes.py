@@ -5,6 +5,7 @@ REAL_SLURM=1 also submits a job to the Slurm of this machine, which takes some m
 import contextlib
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -47,10 +48,11 @@ def test_a_node_that_waits_for_another_can_be_interrupted(rank, flags, tmp_path)
     """There torch waits in C++, which runs none of Python's signal handlers."""
     with running("pets", *flags, NNODES="2", NODE_RANK=rank, MASTER_ADDR="127.0.0.1",
                  MASTER_PORT=free_port()) as node:
-        assert f"machine {rank + 1} of 2, waiting for" in node.stdout.readline()
+        wait_for(lambda: select.select([node.stdout], [], [], 0)[0], seconds=60)
         time.sleep(4)  # until it waits, which nothing shows
         node.send_signal(signal.SIGINT)
         done = end_of(node, timeout=10)
+    assert f"machine {rank + 1} of 2, waiting for" in done.stdout
     assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr
     assert not processes_of(tmp_path)
 
