@@ -91,7 +91,9 @@ class Flowers(DatasetFolder):
                 numbers = scipy.io.loadmat(file)[variable].ravel().astype(int).tolist()
             if not numbers:
                 raise ValueError("it is empty")
-            return [range(1, highest + 1).index(number) for number in numbers]
+            if min(numbers) < 1 or max(numbers) > highest:
+                raise ValueError(f"it has {min(numbers)} to {max(numbers)}")
+            return [number - 1 for number in numbers]
         except Exception as error:  # SciPy raises almost anything for a damaged file
             raise ValueError(f"{path}: cannot read {variable!r}, numbers from 1 to {highest}: "
                              f"{error!r}") from error

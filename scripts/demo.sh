@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole journey in one command, on generated data: convert, fine-tune, show the accuracy.
 # Needs no GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: not with sh: type bash $0" >&2; exit 2; }
 set -euo pipefail
 # Paths are relative to the caller's folder, which the next step leaves.
 DEIT_DIR=${DEIT_DIR:+$(readlink -m -- "$DEIT_DIR")}

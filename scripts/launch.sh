@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What all recipes share: model, batch size, and torch's launcher.
-command set -euo pipefail 2>/dev/null || { echo "error: not with sh: type bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "error: not with sh: type bash $0" >&2; exit 2; }
+set -euo pipefail
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 

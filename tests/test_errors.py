@@ -293,6 +293,6 @@ def test_help_without_exec_bits_or_a_deit_and_with_another_shell(tmp_path):
         assert word in done.stdout
     assert (done.returncode, done.stderr) == (0, "")
     if "bash" not in os.path.realpath("/bin/sh"):
-        for name in ("pets.sh", "launch.sh"):
+        for name in ("pets.sh", "launch.sh", "demo.sh"):
             refused = subprocess.run(["sh", scripts / name], capture_output=True, text=True)
             assert "bash" in error_of(refused)
