@@ -54,8 +54,8 @@ def load(path: str, trust: bool = False) -> Any:
 
     With torch 2.1 or newer, no code in the file runs, and its tensors are mapped into memory where
     the file system can do that. Replace the file only by renaming another over it: tensors that are
-    in use would change with it. An older torch reads the whole file and runs whatever code it
-    contains.
+    in use would change with it. An older torch reads all of a file of torch's, and runs whatever
+    code it contains.
 
     Args:
         path: the file.
@@ -71,14 +71,15 @@ def load(path: str, trust: bool = False) -> Any:
         with open(path, "rb") as file:
             start = file.read(30)
             if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a header in JSON
-                from safetensors.torch import load
+                import safetensors.torch
 
-                file.seek(0)
-                return load(file.read())
+                with contextlib.suppress(Exception):  # see below
+                    return safetensors.torch.load_file(path)
+                return safetensors.torch.load(start + file.read())
         options = {"weights_only": not trust} if SAFE_AND_MAPPED else {}
         # torch would map compressed members too, and silently read wrong numbers from them.
         if start.startswith(b"PK") and _verify_checksums(path) and SAFE_AND_MAPPED:
-            # Some network file systems map no files; if something else is wrong, it shows below.
+            # Some network file systems map no files. If it is something else, it shows once more.
             with contextlib.suppress(RuntimeError):
                 return torch.load(path, map_location="cpu", mmap=True, **options)
         return torch.load(path, map_location="cpu", **options)
@@ -137,9 +138,9 @@ def check_output(path: str, flag: str = "", source: str = "") -> None:
 
 def check_folder(path: str) -> None:
     """Raise OSError if files cannot be written to a folder, which may not exist yet."""
-    nearest = os.path.abspath(path)
-    while not os.path.lexists(nearest):  # missing folders are created below this one
-        nearest = os.path.dirname(nearest)
+    folder = Path(path).absolute()  # keeps "..", which behind a link means another folder
+    # Missing folders are created below this one.
+    nearest = next(filter(os.path.lexists, (folder, *folder.parents)), folder)
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         raise OSError(f"{nearest} is not a folder that you may write to; pass another path")
 
@@ -157,7 +158,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     path = os.path.realpath(path)  # replace what a symbolic link points to, not the link
     folder, name = os.path.split(path)
     aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    missing = [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
+    missing = [each for each in (Path(folder), *Path(folder).parents) if not os.path.exists(each)]
     try:
         os.makedirs(folder, exist_ok=True)
         with open(aside, "w+b") as file:

@@ -193,21 +193,29 @@ def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
     """
     folders, walked, images, left_out = [folder], [], [], Counter()
     while folders:
-        where = folders.pop()
-        with os.scandir(where) as found:
-            entries = [entry for entry in found if _is_visible(entry.name)]
-        folders += [entry.path for entry in entries if entry.is_dir()]
-        walked.append((where, sorted((entry for entry in entries if not entry.is_dir()),
-                                     key=operator.attrgetter("name"))))
-    for _, entries in sorted(walked, key=operator.itemgetter(0)):
-        for entry in entries:
-            if not entry.is_file() and os.path.exists(entry.path):
+        where, files = folders.pop(), []
+        with os.scandir(where) as found:  # tells pipes from files without a system call for each
+            for entry in sorted(found, key=operator.attrgetter("name")):
+                if _is_visible(entry.name) and _is(entry.is_dir):
+                    folders.append(entry.path)
+                elif _is_visible(entry.name):
+                    files.append(entry)
+        walked.append((where, files))
+    for _, files in sorted(walked, key=operator.itemgetter(0)):
+        for entry in files:
+            if not _is(entry.is_file) and os.path.exists(entry.path):
                 left_out["not a regular file"] += 1
             elif is_image(entry.path):
                 images.append(entry.path)
             else:
                 left_out[os.path.splitext(entry.name)[1] or "without an ending"] += 1
     return images, left_out
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    with contextlib.suppress(OSError):  # a link in a circle, or to where you may not look
+        return question()
+    return False
 
 
 def left_out_in_words(left_out: Counter) -> str:

@@ -58,19 +58,21 @@ def main() -> None:
 
 def check_output(folder: str, checkpoint: str) -> None:
     """Raise UserError if the export cannot be written, or would replace files from elsewhere."""
-    from convert_to_deit import check_output
+    import convert_to_deit
 
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise errors.UserError(f"--output {folder} is a file: pass a folder")
-    for path in (os.path.join(folder, name) for name in (WEIGHTS, CONFIG)):
+    paths = [os.path.join(folder, name) for name in (WEIGHTS, CONFIG)]
+    for path in paths:
         try:
-            check_output(path, "--resume", checkpoint)
+            convert_to_deit.check_output(path, "--resume", checkpoint)
         except OSError as error:
             raise errors.UserError(f"--output {folder}: {path} cannot be written: {error}"
                                    ) from error
-        if os.path.exists(path) and not is_export(folder):
-            raise errors.UserError(f"--output {folder}: {path} was not written by export.py: pass "
-                                   "a new folder, or delete that file")
+    for path in filter(os.path.exists, paths):
+        if not is_export(folder):
+            raise errors.UserError(f"--output {folder}: {path} does not belong to an export of "
+                                   "this version: pass a new folder, or delete that file")
 
 
 def is_export(folder: str) -> bool:
@@ -82,7 +84,7 @@ def is_export(folder: str) -> bool:
 
 
 def write(folder: str, model: Any, model_args: Dict[str, Any], facts: Dict[str, Any]) -> None:
-    """Write both files, complete or not at all. Raises OSError.
+    """Write both files. Raises OSError if the disk fails; both are then as before.
 
     timm itself would write in place, readable for this user only, and end a full disk in a
     traceback.
@@ -90,10 +92,11 @@ def write(folder: str, model: Any, model_args: Dict[str, Any], facts: Dict[str, 
     from safetensors.torch import save
     from timm.models._hub import save_config_for_hf
 
-    from convert_to_deit import atomic_write
+    from convert_to_deit import atomic_write, flush_to_disk
 
     with atomic_write(os.path.join(folder, WEIGHTS)) as weights:
         weights.write(save(model.state_dict()))
+        flush_to_disk(weights)  # whatever can fail has been done when config.json is replaced
         with atomic_write(os.path.join(folder, CONFIG)) as config:
             save_config_for_hf(model, config.name, facts, model_args)
 

@@ -18,7 +18,7 @@ from deit_plugin import errors, versions  # noqa: E402
 def main() -> None:
     """Label the images; exit with 1 if some could not be read, which standard error names."""
     args = parse()
-    if hasattr(signal, "SIGPIPE"):  # not on Windows; otherwise `| head` ends in a traceback
+    if hasattr(signal, "SIGPIPE"):  # not on Windows: `| head` ends the work that nobody reads
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     versions.silence_known_warnings()
     import torch

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import statistics
 import sys
 import warnings
@@ -220,6 +219,7 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
             panels[f"accuracy {data_set}"].axhline(accuracy, color="#555555", linestyle="--")
         figure.legend(*panels[right[0]].get_legend_handles_labels(), loc="outside lower center",
                       ncols=2, title="dashed: published by MoCo v3's authors" * bool(comparable))
+        path = path.resolve()  # replace what a symbolic link points to, not the link
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             figure.savefig(str(aside), format=path.suffix[1:])
@@ -255,8 +255,6 @@ def main() -> None:
                         help="the picture, whose ending tells its format (default: report.png "
                              "beside the runs)")
     args = parser.parse_args()
-    if hasattr(signal, "SIGPIPE"):  # not on Windows; otherwise `| head` ends in a traceback
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     runs, notes = find_runs(args.folders)
     if not runs:
         sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(notes)}")
@@ -266,7 +264,7 @@ def main() -> None:
     elif not path.suffix:
         path = path.with_suffix(".png")
     if path.exists() and not path.is_file():
-        sys.exit(f"error: cannot write {path}: it is a device; pass the path of a file")
+        sys.exit(f"error: cannot write {path}: it is a pipe or a device; pass the path of a file")
     if len(runs) > len(drawn):
         notes.append(f"the picture shows the first {len(drawn)} of {len(runs)} runs")
     print(table(runs), NOTE, *seed_groups(runs), *differences(runs), *notes, sep="\n", flush=True)

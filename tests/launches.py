@@ -5,6 +5,7 @@ process and one era of the miniature (its HEAD); where two or all matter, the te
 """
 import multiprocessing
 import os
+import resource
 import runpy
 import shlex
 import signal
@@ -172,6 +173,16 @@ def after_saving(action):
         convert_to_deit.save = save_and_act
 
     return change
+
+
+def limit_file_size():
+    """Stands for the full disk: both fail a write in torch's C++."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
+
+
+def fill_the_disk():
+    """What was written does not reach the disk."""
+    os.fsync = lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
 
 
 def kill_itself():

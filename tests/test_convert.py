@@ -126,6 +126,10 @@ def test_safetensors(tmp_path, capfd, monkeypatch):
     assert run(tmp_path, whole)[0] == 0
     assert_same({name: encoder()[name] for name in load(str(output))["model"]}, output)
     assert output.stat().st_size < 1.1 * len(whole)  # not each tensor with the whole file
+    monkeypatch.setattr("safetensors.torch.load_file", mock.Mock(side_effect=OSError("no mmap")))
+    assert run(tmp_path, whole)[0] == 0
+    assert_same({name: encoder()[name] for name in load(str(output))["model"]}, output)
+    assert output.stat().st_size < 1.1 * len(whole)
 
 
 def test_misnamed_layers_of_vit_large_are_renamed(tmp_path, capfd):

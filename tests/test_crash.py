@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import tempfile
@@ -17,7 +16,7 @@ import pytest
 
 from conftest import error_of, log_of, rates_of, saved, train
 from deit_plugin import surroundings
-from launches import after_saving, fork
+from launches import after_saving, fill_the_disk, fork, limit_file_size
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 # Longer than any test; with a save after the first 100 epochs.
@@ -113,15 +112,6 @@ def test_a_finished_run_and_files_of_others_are_kept(flags, tmp_path):
     own.unlink()
     train("pets", *flags, "--epochs", "1")  # a log is not thrown away
     assert len(log_of(run)) == 1 and (run / "log.txt.old2").exists()
-
-
-def limit_file_size():
-    """Stands for the full disk: both fail a write in torch's C++."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
-
-
-def fill_the_disk():
-    os.fsync = lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
 
 
 @pytest.mark.parametrize("fails, says", [

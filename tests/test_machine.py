@@ -1,5 +1,6 @@
 """What differs between machines: how processes start, file systems, full disks, and who reads."""
 import os
+import select
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import pytest
 
 import generate
 from conftest import error_of, log_of, train
-from launches import ROOT, SCRIPTS, environment, fork, fork_script, launch
+from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script, launch
 
 
 def start_processes_anew():
@@ -88,6 +89,12 @@ def test_what_cannot_be_printed_is_an_error(command, data, flags, run, tmp_path)
     assert "disk full: standard output" in line or "c was written: No space left" in line
 
 
+def test_an_epoch_that_cannot_be_printed_is_saved(flags, tmp_path):
+    line = error_of(fork("pets", *flags, before=after_saving(print_to_a_full_disk)), status=1)
+    assert "disk full: standard output" in line and len(log_of(tmp_path / "run")) == 1
+    assert "epoch 2 of 2 comes next" in train("pets", *flags).stdout
+
+
 PRINTS = """
 import os, sys, time
 sys.path.insert(0, {scripts!r})
@@ -113,11 +120,15 @@ def test_where_nobody_reads_any_more_a_run_goes_on(how, tmp_path):
     words = [sys.executable, "-c", program]
     if how == "closed":
         words = ["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *words]
-    with subprocess.Popen(words, stdout=its, stderr=its, start_new_session=True) as process:
+    process = subprocess.Popen(words, stdout=its, stderr=its, start_new_session=True)
+    try:
         os.close(its)
         if how != "closed":
-            assert os.read(ours, 5) == b"first"
+            assert select.select([ours], [], [], 60)[0] and os.read(ours, 5) == b"first"
         os.close(ours)
         closed.touch()
         assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait(60)
     assert done.exists()

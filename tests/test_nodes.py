@@ -5,9 +5,9 @@ REAL_SLURM=1 also submits a job to the Slurm of this machine, which takes some m
 import contextlib
 import os
 import re
-import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,13 +43,26 @@ def test_two_nodes_train_the_run_that_one_would(flags, tmp_path):
     assert results_of(tmp_path / "run") == results_of(tmp_path / "one")
 
 
+def is_open(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_node_that_waits_for_another_can_be_interrupted(rank, flags, tmp_path):
     """There torch waits in C++, which runs none of Python's signal handlers."""
-    with running("pets", *flags, NNODES="2", NODE_RANK=rank, MASTER_ADDR="127.0.0.1",
-                 MASTER_PORT=free_port()) as node:
-        wait_for(lambda: select.select([node.stdout], [], [], 0)[0], seconds=60)
-        time.sleep(4)  # until it waits, which nothing shows
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        if rank:  # this test is the first machine, and says nothing
+            first = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            first.settimeout(60)
+        node = stack.enter_context(running("pets", *flags, NNODES="2", NODE_RANK=rank,
+                                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        if rank:
+            stack.enter_context(first.accept()[0])
+        else:
+            wait_for(lambda: is_open(port), seconds=60)
+        time.sleep(1)
         node.send_signal(signal.SIGINT)
         done = end_of(node, timeout=10)
     assert f"machine {rank + 1} of 2, waiting for" in done.stdout

@@ -66,22 +66,22 @@ class _Output:
     """
 
     def __init__(self, stream: Any, name: str) -> None:
-        self._name = name
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (open until the end)
-        self._is_terminal, self._lost = self._stream.isatty(), None
+        self._name, self._lost = name, None
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._is_terminal = self._stream.isatty()
 
     def write(self, text: str) -> int:
         """Write the text."""
-        self._unless_nobody_reads(lambda: self._stream.write(text))
+        self._drop_if_nobody_reads(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream; raise again what ``write`` has raised, since argparse ignores that."""
-        self._unless_nobody_reads(lambda: self._stream.flush())
+        self._drop_if_nobody_reads(lambda: self._stream.flush())
         if self._lost:
             raise self._lost
 
-    def _unless_nobody_reads(self, act: Callable[[], Any]) -> None:
+    def _drop_if_nobody_reads(self, act: Callable[[], Any]) -> None:
         try:
             act()
         except OSError as error:

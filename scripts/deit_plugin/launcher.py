@@ -39,8 +39,8 @@ def parse() -> argparse.Namespace:
     """What this module needs to know of the command line, which torch's launcher parses."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="cuda")
-    for name in ("nproc_per_node", "nnodes", "node_rank"):
-        parser.add_argument(f"--{name}", type=int)
+    for name, default in (("nproc_per_node", 1), ("nnodes", 1), ("node_rank", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     for name in ("master_addr", "master_port"):
         parser.add_argument(f"--{name}")
     return parser.parse_known_args()[0]
@@ -60,8 +60,9 @@ def launch(folder: str, machines: int) -> Optional[int]:
 
         sys.argv[1:1] = ["--monitor_interval", str(errors.MONITOR_INTERVAL), "--log_dir", folder]
         if machines > 1:
-            # torch waits for the others in C++, where no handler of Python's runs. When it starts
-            # its processes, it handles the signal itself, except in torch 1.9.
+            # torch waits for the others in C++, where no handler of Python's runs, so that Ctrl-C
+            # has to end this process without our line. Once its processes have started, torch
+            # handles the signal itself (but not torch 1.9).
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ImportError:  # before torch 1.9
         from torch.distributed.launch import main as launch_torch

@@ -158,7 +158,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error}") from error
         if (self.path / ".lock").exists():
-            self._lock("r", fcntl.LOCK_SH)  # shared, since all ranks of this launch do this
+            lock = self._lock("r", fcntl.LOCK_SH)  # shared, since all ranks of this launch do this
+            if lock:
+                lock.close()
         return str(self.path)
 
     def claim(self) -> None:
@@ -167,9 +169,9 @@ class RunFolder:
         self._claim = self._lock("a+", fcntl.LOCK_EX)
 
     def _lock(self, mode: str, kind: int) -> Optional[IO]:
-        """Take a lock that ends when its file is closed; None if it cannot be had here.
+        """Take a lock that ends when its file is closed; None where there are no locks.
 
-        Forked data workers would inherit a flock.
+        Forked data workers would inherit a flock. Raises UserError if another run has the lock.
         """
         try:
             file = open(self.path / ".lock", mode)  # noqa: SIM115 (may be held until the end)
@@ -181,6 +183,7 @@ class RunFolder:
         except OSError as error:
             warnings.warn(f"--output_dir {self.path} cannot be locked ({error.strerror}): make "
                           "sure that no other run writes there", stacklevel=1)
+            return None
 
     def begin(self, start: Start, overwrite: bool, facts: Dict[str, Any],
               launch: Dict[str, Any]) -> None:

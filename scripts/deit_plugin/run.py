@@ -261,7 +261,6 @@ class Run:
         is_best = row.get("test_acc1", -1) > self.best["test_acc1"]
         if is_best:
             self.best = row
-        self.narrator.say_epoch(row, self.best["test_acc1"])
         self.folder.log(row)
         saves = (["best_checkpoint.pth"] if is_best else []) + (
             ["checkpoint.pth"] if is_best or self._is_due(self.plan.save_freq) else [])
@@ -274,6 +273,7 @@ class Run:
             self.folder.save(name, state)
         if saves:
             self._note_saved(epoch + 1)
+        self.narrator.say_epoch(row, self.best["test_acc1"])  # last, since a full disk ends it
 
     def _note_saved(self, epochs: int) -> None:
         errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
