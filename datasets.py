@@ -133,6 +133,8 @@ def imagenet_transform(is_train: bool, args: Any) -> Callable:
 
 def read_image(loader: Callable, path: str) -> Any:
     """Load an image file; raise OSError with its path if it cannot be decoded."""
+    if not os.path.isfile(path) and os.path.exists(path):  # to open a pipe could take forever
+        raise OSError(f"{path} is a folder, a pipe or a device: replace it by an image")
     try:
         return loader(path)
     except Exception as error:  # Pillow's decoders raise almost anything
@@ -351,7 +353,7 @@ def _class_names(folder: str) -> List[str]:
     """The class folders. Raises ValueError if there are fewer than two."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if _is_visible(entry.name)]
-    names = sorted(entry.name for entry in visible if entry.is_dir())
+    names = sorted(entry.name for entry in visible if _is(entry.is_dir))
     if len(names) < 2:
         raise ValueError(
             f"{folder} must have two or more class folders; it has {len(names)}, and "

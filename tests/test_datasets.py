@@ -370,6 +370,16 @@ def test_orientation_and_animation(tmp_path):
     assert first.getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_a_pipe_among_listed_photos_is_named(copy):
+    """To open it would take forever."""
+    pets = copy("pets")
+    image = Path(build("pets", pets).samples[3][0])
+    image.unlink()
+    os.mkfifo(str(image))
+    with pytest.raises(OSError, match=f"{image} is .*pipe"):
+        build("pets", pets)[3]
+
+
 def test_whatever_pillow_opens_is_used_and_hidden_files_are_not(copy, tmp_path):
     folder = copy("folder")
     before = [len(build("folder", folder, train)) for train in (True, False)]

@@ -98,7 +98,7 @@ def check_start(start: Start, settings: Dict[str, Any], args: Namespace, plan: P
         names, advice = before, "pass another --output_dir, or --overwrite to start from scratch"
     different = differing(settings, {name: before[name] for name in before if name in names},
                           "there")
-    if start.continues and not _is_of_run(plan.resume, args.output_dir) and os.path.exists(
+    if start.continues and not _is_of_run(plan.resume, args.output_dir) and os.path.isfile(
             plan.resume):
         given, first = provenance.of_weights(plan.resume), start.parent or start.origin
         # A parent may have been trained on since, so its path is enough.
