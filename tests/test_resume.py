@@ -110,8 +110,8 @@ def test_more_epochs_follow_their_own_schedule(flags, tmp_path):
     assert f"changed since {parent}/checkpoint.pth: --epochs 6 (there: 4)" in killed.stdout
     parent.rename(tmp_path / "moved")
     more[more.index(parent / "checkpoint.pth")] = tmp_path / "moved" / "checkpoint.pth"
-    for done in (killed, train("pets", *more)):  # "so far" counts the whole run
-        assert re.search(r"Epoch [56] of 6: .*; 4:\d\d:\d\d so far", done.stdout)
+    done = train("pets", *more)  # "so far" counts the whole run
+    assert re.search(r"Epoch 6 of 6: .*; 4:\d\d:\d\d so far", done.stdout)
     (tmp_path / "moved").rename(parent)
     assert rates_of(child)[:4] == rates_of(parent)
     train("pets", *flags, "--epochs", "6", "--warmup-epochs", "1", "--lr", "0.01", "--output_dir",
