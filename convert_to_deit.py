@@ -68,18 +68,19 @@ def load(path: str, trust: bool = False) -> Any:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise CheckpointError("it is a pipe or a device; pass the path of a file")
     try:
+        # Some network file systems map no files, so what cannot be mapped is read. A file that is
+        # damaged cannot be read either, and the error that is shown comes from there.
         with open(path, "rb") as file:
             start = file.read(30)
             if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a header in JSON
                 import safetensors.torch
 
-                with contextlib.suppress(Exception):  # see below
+                with contextlib.suppress(Exception):
                     return safetensors.torch.load_file(path)
                 return safetensors.torch.load(start + file.read())
         options = {"weights_only": not trust} if SAFE_AND_MAPPED else {}
         # torch would map compressed members too, and silently read wrong numbers from them.
         if start.startswith(b"PK") and _verify_checksums(path) and SAFE_AND_MAPPED:
-            # Some network file systems map no files. If it is something else, it shows once more.
             with contextlib.suppress(RuntimeError):
                 return torch.load(path, map_location="cpu", mmap=True, **options)
         return torch.load(path, map_location="cpu", **options)
@@ -127,8 +128,8 @@ def _why_unreadable(error: Exception, start: bytes) -> str:
     return f"damaged, cut short or not a PyTorch checkpoint ({detail}); copy or download it again"
 
 
-def check_output(path: str, flag: str = "", source: str = "") -> None:
-    """Raise OSError if `path` cannot become a file, or is `source`, which `flag` has named."""
+def check_output(path: str, flag: str, source: str) -> None:
+    """Raise OSError if `path` cannot become a file, or is the file `source` that `flag` names."""
     if not os.path.basename(path) or os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is a folder, a pipe or a device; pass the path of a file")
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(source, path):
@@ -150,8 +151,8 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     """Open a binary file that replaces the one at `path` when the block ends.
 
     The file is written beside `path`, flushed to disk and renamed. A missing folder is created. If
-    the block or the disk fails, nothing of all this stays, and `path` is as before. Call
-    `check_output` first, when nothing has been computed yet.
+    the block or the disk fails, nothing of all this stays, and `path` is as before. A device would
+    be replaced, too, so a command calls `check_output` before its work begins.
 
     Raises OSError with `path` as its `filename`.
     """

@@ -219,7 +219,8 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
             panels[f"accuracy {data_set}"].axhline(accuracy, color="#555555", linestyle="--")
         figure.legend(*panels[right[0]].get_legend_handles_labels(), loc="outside lower center",
                       ncols=2, title="dashed: published by MoCo v3's authors" * bool(comparable))
-        path = path.resolve()  # replace what a symbolic link points to, not the link
+        # As convert_to_deit.atomic_write, which needs torch. A link's target is replaced.
+        path = path.resolve()
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             figure.savefig(str(aside), format=path.suffix[1:])

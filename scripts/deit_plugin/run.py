@@ -273,7 +273,7 @@ class Run:
             self.folder.save(name, state)
         if saves:
             self._note_saved(epoch + 1)
-        self.narrator.say_epoch(row, self.best["test_acc1"])  # last, since a full disk ends it
+        self.narrator.say_epoch(row, self.best["test_acc1"])  # last: on a full disk it raises
 
     def _note_saved(self, epochs: int) -> None:
         errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
