@@ -15,7 +15,7 @@ from typing import Any, Dict, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from deit_plugin import errors, versions  # noqa: E402
+from deit_plugin import deit, errors  # noqa: E402
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names that timm looks for
 MARK = "checkpoint_crc32"  # in config.json: which checkpoint was exported, and that we wrote it
@@ -32,7 +32,7 @@ def main() -> None:
                         help="load a checkpoint that contains more than tensors and plain values; "
                              "this runs the code in it")
     args = parser.parse_args()
-    versions.silence_known_warnings()
+    deit.silence_known_warnings()
     import timm
 
     try:

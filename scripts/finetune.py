@@ -1,53 +1,186 @@
 #!/usr/bin/env python3
-"""What each process of a run executes: DeiT's main(args), patched by the package deit_plugin."""
+"""Decides what a launch does, refuses what cannot work, describes the run, and launches it.
+
+One process on each machine does this, without a GPU. torch's launcher then starts
+deit_plugin/worker.py for each process, which trains what was decided: see deit_plugin/job.py.
+"""
 import os
-import socket
+import shlex
+import signal
 import sys
+from argparse import Namespace
+from types import ModuleType
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from deit_plugin import checkout, errors, surroundings  # noqa: E402
+from deit_plugin import errors  # noqa: E402 (the others need torch, which --help does not)
+
+USAGE = """\
+usage: scripts/{cifar10,cifar100,flowers,pets,imagenet}.sh --resume CONVERTED --data-path FOLDER
+           --output_dir FOLDER [any flag of DeiT's]
+
+Fine-tunes a converted MoCo v3 checkpoint with DeiT, using the published recipe. Your own flags
+override the recipe. The same command again continues a run that was stopped.
+
+  --accum-iter N     for fewer GPUs: accumulate N batches per process for one optimizer step
+  --data-set folder  your own images, in train/CLASS/ and val/CLASS/ below --data-path
+  --download         download Flowers or Pets if they are missing
+  --hold-out SHARE   evaluate on a share of the train images instead of the test images
+  --eval             evaluate a run's checkpoint, given by --resume; train nothing
+  --overwrite        start from scratch and delete the run that is in --output_dir
+  --check            check everything a launch needs, and every image; train nothing
+  --dry-run          print torch's command and every flag, and stop
+  --all-flags        list every flag, DeiT's and ours
+
+environment variables and their defaults:
+  DEIT_DIR           the DeiT checkout (default: the folder that this bundle was copied into)
+  PYTHON             the Python to use (default: python3)
+  NPROC_PER_NODE     processes on this machine, one per GPU (default: 8; with --eval: 1)
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+                     for several machines: their number (default: 1), this one's number from 0,
+                     the address and a free port (default: 29500) of the first"""
 
 
-def stand_in_for_launcher() -> None:
-    """Set the variables that a launcher would set for one process, as for a debugger.
+class Decision(NamedTuple):
+    """What a command line came to; where there is a problem, some of it is None."""
 
-    Under --check, WORLD_SIZE tells the number of processes of the launch to come.
+    args: Namespace  # see flags.py
+    machines: Optional[Any]  # a launcher.Machines
+    gpus: Optional[str]  # a description
+    data: Optional[Any]  # a data.Data
+    model: Optional[Any]  # on the CPU, with the weights
+    job: Optional[Any]  # a job.Job
+    problems: List[str]  # each in one line
+
+
+def decide(main: ModuleType, words: List[str]) -> Decision:
+    """Decide what a launch with this command line does; read only, and create nothing.
+
+    main: DeiT's module. All problems are collected, but UserError is raised for words that cannot
+    be parsed.
     """
-    if not os.environ.get("RANK") and "--check" not in sys.argv:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+    from deit_plugin import data, evaluation, flags, job, launcher, provenance, run_folder, weights
+
+    problems = []
+
+    def ask(question: Callable, *arguments: Any) -> Any:
+        """The answer; None if it is a problem, or if an argument is None because of one."""
+        if any(argument is None for argument in arguments):
+            return None
+        try:
+            return question(*arguments)
+        except errors.UserError as error:
+            problems.extend(error.args)
+            return None
+
+    parser = flags.parser_for(main)
+    given = flags.parse(parser, words)
+    path, continues = ask(run_folder.choose_checkpoint, given.args) or (None, None)
+    state = ask(run_folder.read_checkpoint, path, continues, given.args)
+    if given.args.eval and state:
+        given = flags.inherit(parser, given, state.get("settings", {}))
+    machines = ask(launcher.find_machines, os.environ, 1 if given.args.eval else flags.PROCESSES)
+    args = flags.complete(given.args, machines.world_size if machines else 1)
+    wrong_flags = flags.problems(parser, given)
+    problems.extend(wrong_flags)
+    gpus = ask(launcher.require_gpus, args.device, machines, args.check)
+    if args.output_dir and not args.eval:
+        ask(run_folder.RunFolder(args.output_dir).check)
+    start = ask(run_folder.start_from, path, continues, state, args)
+    has_data = args.data_set and args.data_path and (state or not args.eval)
+    images = ask(data.load, args) if has_data else None
+    model = ask(lambda: create_model(main, args, images, state))
+    settings, decided, agrees = None, None, True
+    if not wrong_flags:  # what they make wrong would be said again in other words
+        ask(create_optimizer, main, args, model)
+        settings = ask(job.settings_of, args, images)
+    if settings and start and machines:
+        decided = job.Job(args, settings, job.published_settings(given._replace(args=args)),
+                          run_folder.changed_since(start, state, settings), images.classes, start,
+                          provenance.of_launch(flags.command(given)))
+        agrees = ask(run_folder.agrees, decided, state)
+    if agrees and state:
+        ask(weights.fit, model, state["model"], path, args.model)
+    if args.predictions and path:
+        ask(evaluation.check_predictions, args.predictions, path)
+    return Decision(args, machines, gpus, images, model, decided, problems)
+
+
+def create_model(main: ModuleType, args: Namespace, images: Any, state: Optional[Dict[str, Any]]
+                 ) -> Any:
+    """DeiT's model for the classes of the data or, without data, of the checkpoint."""
+    from deit_plugin import weights
+
+    classes = 1000
+    if images:
+        classes = len(images.classes)
+    elif state and weights.has_head(state["model"]):
+        classes = len(state["model"][weights.HEAD[0]])
+    return weights.create(args.model, args.input_size, main.create_model, num_classes=classes,
+                          drop_rate=args.drop, drop_path_rate=args.drop_path)
+
+
+def create_optimizer(main: ModuleType, args: Namespace, model: Any) -> None:
+    """Try to create DeiT's optimizer; timm raises various exceptions for an unknown name."""
+    try:
+        main.create_optimizer(args, model)
+    except Exception as error:
+        raise errors.UserError(f"--opt {args.opt}: timm cannot create this optimizer: "
+                               f"{errors.one_line(error)}; pass adamw, as the recipes do"
+                               ) from error
+
+
+def launch(main: ModuleType, words: List[str]) -> int:
+    """Do what the command line says; return the exit status. Raises UserError."""
+    from deit_plugin import check, data, job, launcher, narrator
+
+    found = decide(main, words)
+    args, machines, decided = found.args, found.machines, found.job
+    if args.check:
+        return check.check(found)
+    if found.problems:
+        raise errors.UserError(*found.problems)
+    if args.dry_run:
+        show(main, args, machines)
+        return 0
+    if decided.start.epoch >= args.epochs:
+        print(f"{decided.start.path} has all {args.epochs} epochs: nothing left to train; for "
+              "more, pass it to --resume, with more --epochs and another --output_dir")
+        return 0
+    if not machines.node_rank and not args.eval:
+        print(narrator.describe(decided, found.data), flush=True)
+    with launcher.temporary_folder() as folder:
+        job.write(decided, folder)
+        data.write(found.data, folder)
+        del found  # its memory
+        return launcher.launch(machines, folder, args)
+
+
+def show(main: ModuleType, args: Namespace, machines: Any) -> None:
+    """Print torch's command, and every flag as DeiT gets it, to be compared with a recipe."""
+    from deit_plugin import flags, launcher
+
+    words = flags.all_words(flags.parser_for(main), args)
+    print(f"torch's launcher:\n  {shlex.join(launcher.command(machines, 'FOLDER'))}\n"
+          f"DeiT's flags, and this bundle's:\n  {shlex.join(['main.py', *words])}")
 
 
 def main() -> None:
-    """Fine-tune, with DeiT's flags and ours on the command line."""
-    errors.die_with_launcher()
-    surroundings.use_short_temporary_folder()
-    stand_in_for_launcher()
-    deit = checkout.import_main()
-    import datasets  # ours, as import_main has made sure
-    from deit_plugin import check, cpu, data, gpus, options, output
-    from deit_plugin.run import Run
+    """Fine-tune, with the flags on the command line."""
+    words = sys.argv[1:]
+    if "--help" in words or "-h" in words:
+        print(USAGE)
+        return
+    from deit_plugin import launcher
 
-    args, plan = options.parse(deit, datasets.DATA_SETS, sys.argv[1:])
-    if args.device == "cpu":
-        cpu.patch(deit)
-    if plan.check:
-        sys.exit(check.check(deit, args, plan))
-    gpus.describe(args.device, int(os.environ.get("NPROC_PER_NODE") or 1))
-    folder = output.RunFolder(args.output_dir)
-    if not args.eval:
-        folder.check()
-    start = output.find_start(args, plan)
-    run = Run(deit, args, plan, data.load(args), folder, start)
-    if start.epoch < args.epochs:
-        run.run_deit()
-    elif args.rank == 0:
-        print(f"{start.path} has all {args.epochs} epochs: nothing left to train; for more, pass "
-              "it to --resume, with more --epochs and another --output_dir")
+    launcher.prepare()
+    signal.signal(signal.SIGINT, lambda *_: launcher.interrupted())
+    from deit_plugin import deit
+
+    status = launch(deit.import_main(), words)
+    sys.stdout.flush()
+    errors.end(status)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, Iterator, List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from deit_plugin import errors, versions  # noqa: E402
+from deit_plugin import deit, errors  # noqa: E402
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     args = parse()
     if hasattr(signal, "SIGPIPE"):  # not on Windows: `| head` ends the work that nobody reads
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    versions.silence_known_warnings()
+    deit.silence_known_warnings()
     import torch
 
     from deit_plugin import evaluation, weights

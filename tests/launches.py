@@ -1,8 +1,12 @@
 """Launches of a recipe: as users do it, or forked to save time. Those to kill are in underway.py.
 
+A forked launch imports nothing anew: finetune.py is forked from pytest, the workers from it.
+
 The DeiT is the miniature in mini_deit/ or, with DEIT_DIR set, a real checkout. Most tests need one
 process and one era of the miniature (its HEAD); where two or all matter, the test says so.
 """
+import argparse
+import logging
 import multiprocessing
 import os
 import resource
@@ -13,8 +17,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -45,14 +51,14 @@ def command(recipe, *flags, scripts=SCRIPTS, small=True):
 
 
 def as_published(words, script=(TESTS / "published.py",)):
-    """The complete command of a launch, with the published procedure in place of finetune.py.
+    """The complete command of a launch, with the published procedure in place of ours.
 
     Flags that DeiT does not have are ignored there.
     """
-    complete = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
-                              env=environment()).stdout
-    return [str(part) for word in shlex.split(complete)
-            for part in (script if word.endswith("/finetune.py") else [word])]
+    shown = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
+                           env=environment()).stdout
+    torch_runs, main_gets = (shlex.split(line) for line in shown.splitlines()[1::2])
+    return [*torch_runs[:-2], *map(str, script), *main_gets[1:]]
 
 
 def launch(recipe, *flags, scripts=SCRIPTS, **variables):
@@ -61,75 +67,101 @@ def launch(recipe, *flags, scripts=SCRIPTS, **variables):
                           timeout=300, env=environment(**variables))
 
 
-def fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, before=None,
-         by_hand=False, **variables):
-    """What ``launch`` does, without torch's launcher: its processes are forked from this one.
+def fork(recipe, *flags, **options):
+    """What ``launch`` does, forked. For the options see ``start_fork``."""
+    return start_fork(recipe, *flags, **options)()
 
-    That saves the seconds that each of them would take to import torch.
 
-    script: path of one to run in place of finetune.py; before: called in each process before the
-    script, to change what it imports; by_hand: as if no launcher had started it.
+def start_fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, before=None,
+               **variables):
+    """Start a forked launch; return a function that waits for its end.
+
+    script: path of one to run in each process in place of the worker, with all flags; before:
+    called before anything else, to change what is imported.
     """
-    shown = subprocess.run(
-        command(recipe, "--dry-run", *flags, scripts=scripts, small=small), capture_output=True,
-        text=True, env=environment(processes, **variables))
-    if shown.returncode or not shown.stdout.startswith("env "):
-        return shown
-    words = shlex.split(shown.stdout)
-    start = next(index for index, word in enumerate(words) if word.endswith("/finetune.py"))
-    given = dict(word.split("=", 1) for word in words[1:start] if "=" in word)
-    by_hand = by_hand or "--nnodes" not in words[:start]  # as --check and --all-flags
-    variables = {**given, **environment(processes, **variables),
-                 "NPROC_PER_NODE": given["NPROC_PER_NODE"]}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port)} for port in [free_port()] for rank in range(processes)]
-    return fork_script(script or words[start], *words[start + 1:], variables=variables,
-                       ranks=[{}] if by_hand else ranks, before=before)
+    shown = run_by_shell(command(recipe, *flags, scripts=scripts, small=small), **variables)
+    if shown.returncode:
+        return lambda: shown
+    finetune, *words = shown.stdout.splitlines()
+    variables = environment(processes, **variables)
+    if script:
+        shown = fork_script(finetune, *words, "--dry-run", variables=variables)
+        words = shlex.split(shown.stdout.splitlines()[-1])[1:]
+        ranks = ranks_of(processes, 1, 0, "127.0.0.1", free_port())
+        return start_fork_script(script, *words, variables=variables, before=before, ranks=ranks)
+
+    def change():
+        if before:
+            before()
+        fork_workers_in_place_of_torch()
+
+    return start_fork_script(finetune, *words, variables=variables, before=change)
 
 
-def fork_script(script, *arguments, variables, ranks=({},), before=None):
-    """Run a Python script as a process for each of ``ranks``, which have variables of their own."""
+def run_by_shell(words, **variables):
+    """Run a recipe with a Python that prints its arguments, one on a line."""
     with tempfile.TemporaryDirectory() as folder:
-        if len(ranks) > 1:  # one of them says why all of them end
-            variables = {**variables, "FINETUNE_FIRST_FAILURE": os.path.join(folder, "first")}
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        started = [multiprocessing.get_context("fork").Process(
-            target=_become, args=(Path(script), list(map(str, arguments)), {**rank, **variables},
-                                  before, outputs)) for rank in ranks]
-        for process in started:
-            process.start()
-        status = _end_together(started)
-        return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
+        python = Path(folder, "python")
+        python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        python.chmod(0o755)
+        return subprocess.run(words, capture_output=True, text=True,
+                              env=environment(**{"PYTHON": python, **variables}))
 
 
-def _end_together(processes):
-    """Wait for the processes; the first that fails ends all, as with torch's launcher."""
-    status, alive = 0, {process.sentinel: process for process in processes}
+def fork_script(script, *arguments, **options):
+    """Run a Python script in a forked process. For the options see ``start_fork_script``."""
+    return start_fork_script(script, *arguments, **options)()
+
+
+def start_fork_script(script, *arguments, variables, ranks=({},), before=None):
+    """Start a Python script for each of ``ranks``, which have variables of their own.
+
+    Return a function that waits for their end.
+    """
+    folder = tempfile.TemporaryDirectory()
+    outputs = [Path(folder.name, name) for name in ("stdout", "stderr")]
+    started = [multiprocessing.get_context("fork").Process(
+        target=_become, args=(Path(script), list(map(str, arguments)), {**rank, **variables},
+                              before, outputs)) for rank in ranks]
+    for process in started:
+        process.start()
+
+    def finish():
+        with folder:
+            _, status = end_together(started)
+            return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
+
+    return finish
+
+
+def end_together(processes):
+    """Wait for the processes; the first that fails ends all. Its rank and status, or 0 and 0."""
+    alive = {process.sentinel: rank for rank, process in enumerate(processes)}
     try:
-        while alive and not status:
+        while alive:
             ended = connection.wait(alive, timeout=300)
             if not ended:
-                for process in alive.values():  # pytest's fault handler shows where it waits
-                    os.kill(process.pid, signal.SIGABRT)
+                for rank in alive.values():  # pytest's fault handler shows where it waits
+                    os.kill(processes[rank].pid, signal.SIGABRT)
                 raise AssertionError("no process has ended in 5 minutes")
-            for process in map(alive.pop, ended):
-                process.join()
-                status = status or process.exitcode
+            for rank in map(alive.pop, ended):
+                processes[rank].join()
+                if processes[rank].exitcode:
+                    return rank, processes[rank].exitcode
+        return 0, 0
     finally:
-        for process in alive.values():
-            process.kill()
-            process.join()
-    return status
+        for rank in alive.values():
+            processes[rank].kill()
+            processes[rank].join()
 
 
 def _become(script, arguments, variables, before, outputs):
-    """Be a fresh process of a launch: nothing of ours or of DeiT's is imported yet."""
+    """Be a fresh process: nothing of ours or of DeiT's is imported yet."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.clear()
     os.environ.update(variables)
-    sys.argv = [str(script), *arguments]
     for name, module in list(sys.modules.items()):
         file = str(getattr(module, "__file__", None) or "")
         if file.startswith(str(ROOT)) and "site-packages" not in file:
@@ -142,7 +174,58 @@ def _become(script, arguments, variables, before, outputs):
         sys.path.append(str(ROOT))
         before()
         sys.path.remove(str(ROOT))
+    _run(script, arguments)
+
+
+def _run(script, arguments):
+    sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def fork_workers_in_place_of_torch():
+    """Have torch's launcher fork its processes from this one."""
+    try:
+        import torch.distributed.run as torch_launcher
+    except ImportError:  # before torch 1.9
+        import torch.distributed.launch as torch_launcher
+
+    def main():
+        parser = argparse.ArgumentParser()
+        for name in ("nproc_per_node", "nnodes", "node_rank", "master_port"):
+            parser.add_argument(f"--{name}", type=int)
+        parser.add_argument("--master_addr")
+        args, (*_, worker, folder) = parser.parse_known_args()
+        ranks = ranks_of(args.nproc_per_node, args.nnodes, args.node_rank, args.master_addr,
+                         args.master_port)
+        workers = [multiprocessing.get_context("fork").Process(
+            target=_become_worker, args=(worker, folder, rank)) for rank in ranks]
+        for process in workers:
+            process.start()
+        rank, status = end_together(workers)
+        if status:
+            failure = subprocess.CalledProcessError(status, worker)
+            if torch_launcher.__name__.endswith("run"):
+                failure = Exception()
+                failure.get_first_failure = lambda: (rank, SimpleNamespace(exitcode=status))
+            raise failure
+
+    torch_launcher.main = main
+
+
+def ranks_of(processes, nodes, node_rank, address, port):
+    """What torch's launcher tells each process of a machine."""
+    return [{"RANK": str(node_rank * processes + local), "LOCAL_RANK": str(local),
+             "WORLD_SIZE": str(nodes * processes), "MASTER_ADDR": address,
+             "MASTER_PORT": str(port)} for local in range(processes)]
+
+
+def _become_worker(worker, folder, variables):
+    os.environ.update(variables)
+    logging.disable(logging.NOTSET)
+    warnings.resetwarnings()  # as Python starts: the launcher has silenced all
+    for category in (PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    _run(worker, [folder])
 
 
 def accept_made_up_cifar():

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from deit_plugin import cpu, versions  # noqa: E402
+from deit_plugin import deit  # noqa: E402
 
 
 class Images(list):
@@ -89,20 +89,20 @@ def build_dataset(is_train, args):
 
 
 def main():
-    versions.silence_known_warnings()
-    versions.restore_pil_interp()
+    deit.silence_known_warnings()
+    deit.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset
     sys.path.insert(0, os.environ["DEIT_DIR"])
     import main as deit_main
 
-    versions.skip_pretrained_cfg(deit_main)
+    deit.skip_pretrained_cfg(deit_main)
     parser = argparse.ArgumentParser(parents=[deit_main.get_args_parser()],
                                      conflict_handler="resolve")
     parser.add_argument("--data-set", choices=sorted(DATA_SETS))
     args, _ = parser.parse_known_args()
     if args.device == "cpu":
-        cpu.patch(deit_main)
+        deit.run_on_cpu(deit_main)
     strict = torch.nn.Module.load_state_dict
     torch.nn.Module.load_state_dict = lambda self, state, **_: strict(self, state, strict=False)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

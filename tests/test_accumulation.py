@@ -54,7 +54,7 @@ def assert_same(run, other):
 @pytest.mark.parametrize("era", ERAS)
 @pytest.mark.parametrize("processes, accum_iter, options", [
     (1, 4, {}), pytest.param(2, 2, {}, marks=pytest.mark.slow),
-    (1, 4, {"by_hand": True, "WORLD_SIZE": "8"}),  # no launcher, but a variable of something else
+    (1, 4, {"WORLD_SIZE": "8"}),  # a variable of something else
 ])
 def test_fewer_processes_train_what_four_train(era, processes, accum_iter, options, tuned):
     assert_same(tuned(era, processes, accum_iter, **options), tuned(era, 4, 1))

@@ -24,7 +24,7 @@ from torchvision.datasets.utils import calculate_md5, check_integrity
 
 import datasets
 import published
-from deit_plugin import versions
+from deit_plugin import deit
 from deit_plugin.data import load
 from deit_plugin.errors import UserError
 from launches import accept_made_up_cifar
@@ -38,7 +38,7 @@ def patched(monkeypatch):
     monkeypatch.setattr(cifar, "check_integrity", cifar.check_integrity)
     monkeypatch.setattr(ImageOps, "posterize", ImageOps.posterize)
     accept_made_up_cifar()
-    versions.restore_posterize()
+    deit.restore_posterize()
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_data_one_level_off(copy, tmp_path, name):
     folder = copy(name)
     inside = next(path for path in folder.iterdir() if path.is_dir())
     before = files_in(tmp_path)
-    for passed in (inside, folder.parent, folder.parent.parent):
+    for passed in (inside, folder.parent):
         for download in (False, True):
             text = advice(name, passed, download)
             assert text.endswith(f"--data-path {folder}"), text

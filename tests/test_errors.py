@@ -13,8 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 import arguments as mini_deit
 import generate
 from conftest import copy_bundle, copy_deit, error_of, log_of, train
-from datasets import DATA_SETS
-from deit_plugin import errors, options, recipe, weights
+from deit_plugin import errors, flags, job, weights
 from deit_plugin.data import Data
 from launches import SCRIPTS, fork, launch
 from underway import end_of, processes_of, running, wait_for_epochs
@@ -23,11 +22,17 @@ YOURS = ["--data-path", "pets", "--output_dir", "out"]
 OF_RECIPE = "--data-set pets --reprob 0 --mixup 0.8 --cutmix 0 --aa of-the-recipe --your-flags"
 
 
-def parse(flags):
-    return options.parse(mini_deit, DATA_SETS, [*OF_RECIPE.split(), *YOURS, *flags.split()])
+PARSER = flags.parser_for(mini_deit)
 
 
-@pytest.mark.parametrize("flags, says", [
+def parse(words, processes=1):
+    """args, and what is wrong with them."""
+    given = flags.parse(PARSER, words)
+    given = given._replace(args=flags.complete(given.args, processes))
+    return given, flags.problems(PARSER, given)
+
+
+@pytest.mark.parametrize("words, says", [
     ("--epochs 0", "--epochs 0"), ("--num_workers -1", "--num_workers -1"),
     ("--drop-path 2", "--drop-path 2.0: must be 0 to 1"), ("--lr nan", "--lr nan"),
     ("--cutmix-minmax 0.2", "two numbers"),
@@ -53,40 +58,47 @@ def parse(flags):
     ("--decay-rate 0.2", "no effect with --sched cosine"), ("--remode rand", "with --reprob 0"),
     ("--ThreeAugment --reprob 0.2", "--reprob has no effect with --ThreeAugment"),
 ])
-def test_a_flag_that_cannot_work_or_has_no_effect_is_refused_in_one_line(flags, says):
-    with pytest.raises(errors.UserError) as refusal:
-        parse(flags)
-    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+def test_a_flag_that_cannot_work_or_has_no_effect_is_refused_in_one_line(words, says):
+    try:
+        _, problems = parse([*OF_RECIPE.split(), *YOURS, *words.split()])
+    except errors.UserError as error:  # argparse's
+        problems = error.args
+    assert [text for text in problems if says in text] and "\n" not in "".join(problems)
 
 
-@pytest.mark.parametrize("flags", [
+@pytest.mark.parametrize("words", [
     "--mixup-mode elem", "--ThreeAugment --src --color-jitter 0.1", "--reprob 0.2 --remode rand"])
-def test_a_flag_of_the_recipe_may_be_without_effect(flags):
-    args, plan = parse(flags)
-    assert "aa" not in plan.settings
-    assert ("color_jitter" in plan.settings) == args.ThreeAugment
+def test_a_flag_of_the_recipe_may_be_without_effect(words):
+    given, problems = parse([*OF_RECIPE.split(), *YOURS, *words.split()])
+    unused = flags.without_effect(given.args)
+    assert not problems and "aa" in unused
+    assert ("color_jitter" in unused) != given.args.ThreeAugment
 
 
-RECIPE = ("--data-set flowers --batch-size 128 --no-repeated-aug --your-flags --data-path flowers "
+class Images(list):
+    """As many images as the official data set has, without names."""
+
+    classes = ["one"]
+    targets = property(lambda self: [0] * len(self))
+
+
+RECIPE = ("--data-set flowers --no-repeated-aug --your-flags --data-path flowers "
           "--output_dir out --resume a.pth ")
 
 
-@pytest.mark.parametrize("processes, flags, steps, advice", [
-    (8, "", 1, None), (1, "--accum-iter 8", 1, None), (4, "--accum-iter 2", 1, None),
-    (8, "--batch-size 32 --accum-iter 4", 2, "--batch-size 128 --accum-iter 1 restores"),
-    (16, "--batch-size 64", 2, None), (2, "--batch-size 8", 127, "--batch-size 128 --accum-iter 4"),
-])
-def test_equal_settings_mean_equal_steps(processes, flags, steps, advice, monkeypatch):
+@pytest.mark.parametrize("processes, words, steps", [
+    (8, "", 1), (1, "--accum-iter 8", 1), (4, "--accum-iter 2", 1),
+    (8, "--batch-size 32 --accum-iter 4", 2), (16, "--batch-size 64", 2),
+    (2, "--batch-size 8", 127)])
+def test_equal_settings_mean_equal_steps(processes, words, steps):
     """On the official numbers of images, 2040 and 6149; a step is 1024 images in all but one."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    args, plan = options.parse(mini_deit, DATA_SETS, (RECIPE + flags).split())
-    run = recipe.compare(args, plan, Data(range(2040), range(6149)))
-    described = recipe.describe_batch(run, args, plan)
-    assert f"; {steps} step" in described
-    assert advice in described if advice else "restores" not in described
-    named = [text for text in run.differs if "steps per epoch" in text]
+    given, problems = parse((RECIPE + words).split(), processes)
+    settings = job.settings_of(given.args, Data(Images(range(2040)), Images(range(6149))))
+    differs = job.differing(settings, job.published_settings(given), "published")
+    assert not problems and settings["steps per epoch"] == steps
+    named = [text for text in differs if "steps per epoch" in text]
     assert named == ([] if steps == 1 else [f"{steps} steps per epoch (published: 1)"])
-    assert bool(run.differs) == (steps > 1)
+    assert bool(differs) == (steps > 1)
 
 
 @pytest.mark.parametrize("width, depth, more, says", [
@@ -119,7 +131,7 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     ("--data-set imagenet --train-interpolation no_such", "no_such"),
     ("--data-set cifar10 --data-path=~/cifar", "cannot download"),
     ({"NPROC_PER_NODE": "abc"}, "NPROC_PER_NODE=abc"), ({"NNODES": "0"}, "NNODES=0"),
-    ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: must be 0 to 1"),
+    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: must be 0 to 1"),
     ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT=b:"),
     ({"PYTHON": "/no/python"}, "/no/python"), ({"DEIT_DIR": None}, "DEIT_DIR.*git clone"),
     ({"DEIT_DIR": "/nowhere"}, "DEIT_DIR=/nowhere.*git clone"),
@@ -193,7 +205,7 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
                  "0.0003 x 32 / 512", "--epochs 2 (published: 100)", str(small)):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
-    assert "model: --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
+    assert "PROBLEM  --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
 
 
 def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_path):
@@ -202,7 +214,7 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
     good = train("pets", *flags)
     assert "on folder: 43 train and 6 test images, 3 classes" in good.stdout
     assert "class bee has 14 train images, class ant has 15" in good.stdout
-    assert "ok       data worker: hands over a batch" in good.stdout
+    assert "ok       evaluation: a data worker hands over a batch" in good.stdout
     assert "ok       duplicates: no image" in good.stdout and "warning" not in good.stdout
     shutil.copy(sorted((own / "train" / "ant").iterdir())[0], own / "val" / "bee" / "copy.png")
     (own / "train" / "cow" / "notes.txt").touch()
@@ -275,12 +287,12 @@ def test_odd_surroundings_change_nothing(data, checkpoint, tmp_path):
 def test_too_few_gpus_are_named_before_any_process_starts(flags, tmp_path):
     counter = tmp_path / "sitecustomize.py"  # Python imports it at its start
     counter.write_text(f"open({str(tmp_path / 'started')!r}, 'a').write('x')")
-    line = error_of(launch("pets", *flags, "--device", "cuda", processes=8, PYTHONPATH=tmp_path,
+    flags += ["--device", "cuda", "--batch-size", "2"]
+    line = error_of(launch("pets", *flags, processes=8, PYTHONPATH=tmp_path,
                            CUDA_VISIBLE_DEVICES=""))
     assert "NPROC_PER_NODE=8" in line and "0 GPUs" in line and "--device cpu" in line
     assert (tmp_path / "started").read_text() == "x"
-    check = fork("pets", *flags, "--device", "cuda", "--check", processes=8,
-                 CUDA_VISIBLE_DEVICES="")
+    check = fork("pets", *flags, "--check", processes=8, CUDA_VISIBLE_DEVICES="")
     assert "GPUs: not checked" in check.stdout and "needs 8" in check.stdout
 
 

@@ -31,7 +31,7 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
         assert killed.stderr == ""
     else:  # here the other process may still say that it has lost this one
         killed = fork(recipe, *flags, **options, before=after_saving(kill_itself))
-        assert killed.returncode == -signal.SIGKILL
+        assert killed.returncode == 128 + signal.SIGKILL
     for said in (f"on {recipe}: {TRAIN_IMAGES[recipe]} train and 21 test images",
                  "16 = 2 processes x 8 images", "3 steps", str(checkpoint), "head is new"):
         assert said in killed.stdout

@@ -9,13 +9,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
 from conftest import error_of, log_of, results_of, train
-from launches import ROOT, command, environment, fork, free_port
+from launches import ROOT, command, environment, free_port, start_fork
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 
@@ -80,13 +79,13 @@ def test_machines_launched_with_different_flags_are_refused(changed, says, data,
     other = shutil.copytree(data / "pets", tmp_path / "other")
     listed = other / "annotations" / "trainval.txt"
     listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
-
-    def change_rank_1():
-        if os.environ["RANK"] == "1":
-            sys.argv += changed.replace("OTHER", str(other)).split()
-
-    line = error_of(fork("pets", *flags, processes=2, before=change_rank_1))
-    assert re.search(says, line) and not (tmp_path / "run" / "run.json").exists()
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first = start_fork("pets", *flags, NODE_RANK="0", **nodes)
+    second = start_fork("pets", *flags, *changed.replace("OTHER", str(other)).split(),
+                        NODE_RANK="1", **nodes)
+    for line in map(error_of, (first(), second())):
+        assert re.search(says, line)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -113,6 +112,8 @@ STAND_INS = {
         esac""",
     # Runs until the job is re-queued, as Slurm then ends it; or fails after FAILS seconds.
     "python": """
+        echo "$NPROC_PER_NODE $NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT" "${@@Q}"
+        [[ " $* " != *" --dry-run "* ]] || exit 0
         touch started
         timeout ${FAILS:-20} bash -c "until [[ -e requeued ]]; do sleep 0.1; done"
         exit 143""",
@@ -145,9 +146,9 @@ def test_slurm_job_runs_the_recipe_on_every_node(slurm):
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr, len(lines)) == (0, "", 2)
     for rank, line in enumerate(lines):
-        assert (f"--nproc_per_node 4 --nnodes 2 --node_rank {rank} --master_addr node-a "
-                "--master_port 13456 ") in line
-        assert "--data-set pets" in line and line.endswith(r"--resume a\ b.pth --batch-size 256 ")
+        assert line.startswith(f"4 2 {rank} node-a 13456 '{ROOT}/scripts/finetune.py' ")
+        assert "'--data-set' 'pets'" in line
+        assert line.endswith("'--resume' 'a b.pth' '--batch-size' '256' '--dry-run'")
 
 
 def test_slurm_job_requeues_itself_when_its_time_is_nearly_up(slurm, tmp_path):

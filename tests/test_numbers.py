@@ -60,7 +60,7 @@ class Noise(torch.utils.data.Dataset):
 def batches_of(args, epoch, accum_iter):
     """The batches of 2 indices that a process takes in an epoch."""
     loader = DataLoader(Noise(), 2, sampler=DistributedSampler(Noise(), 2, 0))
-    batches = loaders.Batches(loader, args, accum_iter)
+    batches = loaders.Batches(loader, Namespace(**vars(args), accum_iter=accum_iter))
     batches.set_epoch(epoch)
     return list(batches)
 

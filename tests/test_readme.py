@@ -1,15 +1,19 @@
 """README's commands, as they stand there."""
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from conftest import copy_bundle
-from launches import DEIT, ROOT, SCRIPTS, TESTS, environment, fork, fork_script, launch
+import arguments as mini_deit
+from conftest import copy_bundle, train
+from deit_plugin.flags import parse, parser_for
+from launches import DEIT, ROOT, SCRIPTS, TESTS, environment, fork, fork_script, run_by_shell
 
+PARSER = parser_for(mini_deit)
 README = (ROOT / "README.md").read_text()
 
 
@@ -68,8 +72,7 @@ def test_every_link_and_flag_in_readme_exists():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     known = "".join(path.read_text() for path in (
-        *ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"), TESTS / "generate.py",
-        SCRIPTS / "launch.sh"))
+        *ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"), TESTS / "generate.py"))
     listed = fork("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
     foreign = {"--gpus-per-node", "--cpus-per-task"}  # sbatch's
@@ -78,19 +81,31 @@ def test_every_link_and_flag_in_readme_exists():
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "flowers", "pets", "imagenet"])
-def test_dry_run_prints_the_recipe_of_the_table_so_that_it_can_be_pasted(recipe, tmp_path):
+def test_a_recipe_has_the_flags_of_the_table(recipe):
     assert os.access(SCRIPTS / f"{recipe}.sh", os.X_OK)
-    odd = tmp_path / "a b'c"
-    printed = launch(recipe, "--dry-run", "--output_dir", odd, processes=8, PYTHON="echo").stdout
     row = re.search(rf"\| `scripts/{recipe}\.sh` \| (.*?) \| [\d.]+ % \|", README)[1].split(" | ")
-    if recipe == "imagenet":  # whose row has DeiT's defaults
-        flags = "--epochs 150 --your-flags"
+    _, *words = run_by_shell(["bash", SCRIPTS / f"{recipe}.sh"]).stdout.splitlines()
+    args = parse(PARSER, words).recipe_args
+    expected = {"data_set": recipe, "model": "deit_base_patch16_224", "batch_size": 128}
+    table = ("weight_decay", "reprob", "drop_path", "mixup", "cutmix")
+    expected.update(zip(table, map(float, row)))
+    if recipe == "imagenet":  # in all else DeiT's defaults
+        expected["epochs"] = 150
+        defaults = vars(PARSER.parse_args([]))
+        assert {**defaults, **expected} == vars(args)
     else:
-        flags = ("--epochs 100 --lr 3e-4 --warmup-epochs 3 --no-pin-mem --no-repeated-aug "
-                 "--eval-freq 10 --weight-decay {} --reprob {} --drop-path {} --mixup {} "
-                 "--cutmix {} ").format(*(rf"{value}(\.0)?" for value in row))
-    for part in (f"--batch-size 128 --data-set {recipe} {flags}", "--nproc_per_node 8",
-                 "--model deit_base_patch16_224"):
-        assert re.search(part, printed)
-    pasted = subprocess.run(printed, shell=True, stdout=subprocess.PIPE, check=True, text=True)
-    assert pasted.stdout.rstrip("\n").endswith(f"--output_dir {odd}")
+        expected.update(epochs=100, lr=3e-4, warmup_epochs=3, pin_mem=False, repeated_aug=False,
+                        eval_freq=10)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_dry_run_prints_torch_s_command_and_every_flag_and_writes_nothing(flags, tmp_path):
+    odd = tmp_path / "a b'c"
+    shown = train("pets", *flags, "--no-model-ema", "--output_dir", odd, "--dry-run",
+                  processes=2).stdout
+    torch_runs, main_gets = (shlex.split(line) for line in shown.splitlines()[1::2])
+    assert "--nproc_per_node 2" in " ".join(torch_runs) and torch_runs[-2].endswith("worker.py")
+    args = PARSER.parse_args(main_gets[1:])
+    assert (args.output_dir, args.resume) == (str(odd), str(flags[1]))
+    assert (args.model_ema, args.repeated_aug, args.lr) == (False, False, 3e-4)
+    assert not odd.exists()

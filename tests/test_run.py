@@ -93,9 +93,9 @@ def test_the_best_checkpoint_has_the_highest_accuracy(flags, tmp_path):
 
 def test_verbose_brings_deit_s_lines_and_a_long_epoch_its_batches(flags):
     def often():
-        from deit_plugin import progress
+        from deit_plugin import narrator
 
-        progress.SECONDS_BETWEEN_LINES = 0
+        narrator.SECONDS_BETWEEN_LINES = 0
 
     said = train("pets", *flags, "--verbose", before=often, PATH="/bin").stdout  # perhaps no git
     assert re.search(r"  batch 2 of 6, loss [\d.]+, [\d.]+ images/s, about 0:00:00 to go", said)

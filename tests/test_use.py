@@ -15,7 +15,8 @@ from PIL import Image
 import generate
 import published
 from conftest import error_of, log_of, saved, train
-from deit_plugin import evaluation, hold_out
+from deit_plugin import data as run_data
+from deit_plugin import evaluation
 from deit_plugin.errors import UserError
 from launches import SCRIPTS, environment, fill_the_disk, fork, fork_script, limit_file_size
 
@@ -238,12 +239,12 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
 def test_hold_out_takes_a_share_of_each_class(share, held_out):
     images = Namespace(targets=[number % 7 for number in range(49)], classes=list("abcdefg"),
                        samples=list(range(49)), transform="augment")
-    parts = [hold_out.split(images, share, "evaluate") for _ in range(2)]
+    parts = [run_data.split(images, share, "evaluate") for _ in range(2)]
     (kept, out), again = parts
     assert (kept.indices, out.indices) == (again[0].indices, again[1].indices)
     assert (kept.samples, out.samples) == (kept.indices, out.indices)
     with pytest.raises(UserError, match="samples"):
-        hold_out.split(Namespace(targets=[0, 0], classes=["a"], transform=None), share, None)
+        run_data.split(Namespace(targets=[0, 0], classes=["a"], transform=None), share, None)
     assert sorted(kept.indices + out.indices) == list(range(49)) and len(out.indices) == held_out
     for part in (kept, out):
         assert numpy.ptp(numpy.bincount(part.targets)) == 0 and set(part.targets) == set(range(7))
@@ -251,7 +252,7 @@ def test_hold_out_takes_a_share_of_each_class(share, held_out):
     kept.transform = "other"  # as DeiT HEAD does
     assert out.transform == "evaluate"
     with pytest.raises(UserError, match="class h has only one"):
-        hold_out.split(Namespace(targets=[0, 0, 1], classes=["g", "h"], samples=[]), share, None)
+        run_data.split(Namespace(targets=[0, 0, 1], classes=["g", "h"], samples=[]), share, None)
 
 
 class Labels(list):
@@ -269,7 +270,7 @@ def test_hold_out_does_not_read_all_labels_for_each_class():
     labels = Labels(number % 100 for number in range(500))
     images = Namespace(targets=labels, classes=[*map(str, range(100))], samples=list(range(500)),
                        transform=None)
-    kept, out = hold_out.split(images, 0.2, None)
+    kept, out = run_data.split(images, 0.2, None)
     assert (len(kept.samples), len(out.samples)) == (400, 100) and 0 < labels.times < 5
 
 
@@ -304,4 +305,4 @@ def test_a_held_out_run_never_looks_at_test_images(data, flags, tmp_path):
     scipy.io.savemat(str(flowers / "setid.mat"),
                      {name: value for name, value in labels.items() if name[0] != "_"})
     line = error_of(fork("flowers", *evaluate, small=False))
-    assert "held-out images" in line and "same data" in line
+    assert "images to evaluate on" in line and "same data" in line

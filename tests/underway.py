@@ -12,9 +12,10 @@ from launches import SCRIPTS, command, environment
 @contextlib.contextmanager
 def running(recipe, *flags, scripts=SCRIPTS, **variables):
     """A launch that is under way; ended with all its processes when the block is left."""
-    process = subprocess.Popen(
-        command(recipe, *flags, scripts=scripts), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment(**variables))
+    words = command(recipe, *flags, scripts=scripts)
+    output = words[len(words) - words[::-1].index("--output_dir")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment(**variables, LAUNCHED_INTO=output))
     try:
         yield process
     finally:
@@ -43,12 +44,12 @@ def wait_for_epochs(folder, epochs=1, seconds=120):
 
 
 def processes_of(folder):
-    """Process ids of a launch into ``folder``: of finetune.py, and of its data workers."""
+    """Process ids of launches into or below ``folder``: of workers, and of their data workers."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            line = (entry / "cmdline").read_bytes()
-            if b"finetune.py" in line and b"launcher.py" not in line and bytes(folder) in line:
+            launched = b"LAUNCHED_INTO=" + bytes(folder) in (entry / "environ").read_bytes()
+            if launched and b"worker.py" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 

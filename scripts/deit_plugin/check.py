@@ -1,55 +1,52 @@
-"""``--check``: everything that a launch needs, and every image, without training."""
+"""``--check``: after what every launch decides, every image, and one batch through the model."""
 import hashlib
 import os
 from argparse import Namespace
 from multiprocessing.pool import ThreadPool
-from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional
 
 import numpy
 from torch.utils.data import DataLoader
 
 from datasets import first_five
 
-from . import data, gpus, loaders, output
+from . import evaluation, loaders
+from .data import Data, count
 from .errors import REFUSED, UserError, one_line
-from .options import Plan
-from .progress import follow
-from .run import Run
-from .words import count
+from .narrator import describe, follow
 
 
-def check(main: ModuleType, args: Namespace, plan: Plan) -> int:
-    """Run all checks, skipping those that depend on a failed one; return the exit status."""
-    problems, folder = [], output.RunFolder(args.output_dir)
+def check(found: Any) -> int:
+    """Report what was decided, and check the images; return the exit status.
 
-    def ask(what: str, question: Callable, *arguments: Any) -> Any:
-        """Print the answer. A tuple is (answer to print, value to return)."""
+    found: a Decision of finetune.py.
+    """
+    problems = list(found.problems)
+    for text in problems:
+        print(f"PROBLEM  {text}", flush=True)
+
+    def ask(what: str, question: Callable, *arguments: Any) -> None:
+        """Print the answer."""
         try:
-            answer = question(*arguments)
+            text = question(*arguments)
         except UserError as error:
             problems.append(what)
             print(f"PROBLEM  {what}: {error}", flush=True)
-            return None
-        text, value = answer if isinstance(answer, tuple) else (answer, answer)
-        ok = "" if text.startswith(("not checked", "warning")) else "ok       "
-        print(f"{ok}{what}: {text}", flush=True)
-        return value
+        else:
+            ok = "" if text.startswith(("not checked", "warning")) else "ok       "
+            print(f"{ok}{what}: {text}", flush=True)
 
-    ask("GPUs", gpus.describe, args.device, int(os.environ.get("NPROC_PER_NODE") or 1), False)
-    if args.output_dir and not args.eval:
-        ask("output", folder.check)
-    elif not args.eval:
+    args, images = found.args, found.data
+    if found.gpus:
+        ask("GPUs", str, found.gpus)
+    if not args.output_dir and not args.eval:
         print("output: not checked, --output_dir is missing; the launch needs it")
-    start = ask("start", _find_start, args, plan)
-    images = ask("data", _load, args)
-    if images and start:
-        run = ask("model", _create_model, main, args, plan, images, folder, start)
-        if run and not args.eval:
-            print(run.narrator.describe())
+    if found.job and not args.eval:
+        print(describe(found.job, images))
     if images:
         splits = {name: split for name, split in images._asdict().items() if split is not None}
-        ask("data worker", fetch_a_batch, images.test, args)
+        if found.model and not found.problems:
+            ask("evaluation", evaluate_a_batch, found.model, images, args)
         ask("images", decode, splits, args.num_workers)
         if images.train is not None:
             ask("classes", images_per_class, images)
@@ -58,33 +55,18 @@ def check(main: ModuleType, args: Namespace, plan: Plan) -> int:
     return REFUSED if problems else 0
 
 
-def _find_start(args: Namespace, plan: Plan) -> Tuple[str, output.Start]:
-    start = output.find_start(args, plan)
-    return start.path, start
-
-
-def _load(args: Namespace) -> Tuple[str, data.Data]:
-    images = data.load(args)
-    return data.describe(images, args), images
-
-
-def _create_model(main: ModuleType, args: Namespace, plan: Plan, images: data.Data,
-                  folder: output.RunFolder, start: output.Start) -> Tuple[str, Run]:
-    run = Run(main, args, plan, images, folder, start)
-    model = run.create_model(args.model, num_classes=len(images.classes), drop_rate=args.drop,
-                             drop_path_rate=args.drop_path)
-    run.create_optimizer(args, model)
-    return f"{args.model} takes the weights", run
-
-
-def fetch_a_batch(images: Any, args: Namespace) -> str:
-    """Start a data worker as training does, and have it hand over a batch."""
-    loader = DataLoader(images, args.batch_size, num_workers=min(args.num_workers, 1))
+def evaluate_a_batch(model: Any, images: Data, args: Namespace) -> str:
+    """Have a data worker fetch four images, as training does, and the model classify them."""
+    loader = DataLoader(images.test, 4, **loaders.in_workers(min(args.num_workers, 1)))
     try:
-        next(iter(loaders.evaluation(loader, args)))
+        batch = next(iter(loader))
     except OSError:  # the next check names the image
         return "not checked: an image cannot be read"
-    return "hands over a batch"
+    except RuntimeError as error:
+        raise UserError(f"--input-size {args.input_size}: images of --data-set {args.data_set} "
+                        f"make no batch: {one_line(error)}; pass --input-size 224") from error
+    evaluation.evaluate(model, [batch], "cpu", len(images.classes))
+    return "a data worker hands over a batch, and the model classifies it"
 
 
 def decode(splits: Dict[str, Any], num_workers: int) -> str:
@@ -106,8 +88,8 @@ def decode(splits: Dict[str, Any], num_workers: int) -> str:
     return f"all {len(items)} can be decoded"
 
 
-def _why_broken(item: Tuple[Any, int]) -> Optional[str]:
-    """One line that names the file, or None."""
+def _why_broken(item: Any) -> Optional[str]:
+    """One line that names the file, or None. item: a data set and an index."""
     dataset, index = item
     try:
         dataset[index]
@@ -116,7 +98,7 @@ def _why_broken(item: Tuple[Any, int]) -> Optional[str]:
     return None
 
 
-def images_per_class(images: data.Data) -> str:
+def images_per_class(images: Data) -> str:
     """Describe the smallest and the largest class, and name classes with fewer than two images."""
     numbers = numpy.bincount(images.train.targets, minlength=len(images.classes))
     few = [name for name, number in zip(images.classes, numbers) if number < 2]
@@ -126,7 +108,7 @@ def images_per_class(images: data.Data) -> str:
     return f"warning: {text}; fewer than two: {first_five(few)}" if few else text
 
 
-def duplicates(images: data.Data, args: Namespace) -> str:
+def duplicates(images: Data, args: Namespace) -> str:
     """Describe which images to evaluate on are also train images, with equal bytes."""
     if not hasattr(images.test, "samples") or not hasattr(images.train, "samples"):
         return "not checked: this data set does not store one file per image"

@@ -12,16 +12,16 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-# Environment variables that launcher.py sets for its processes:
+# Environment variables that launcher.py sets for the workers of a launch:
 LAUNCHER = "FINETUNE_LAUNCHER_PID"
 FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first process to fail creates
 STATUS = "FINETUNE_STATUS"  # path of a file that says how much of the run is saved
 REFUSED = 2  # exit status before training, as with argparse; later it is 1
-MONITOR_INTERVAL = 1  # seconds after which torch's launcher looks at its processes again
+PATIENCE = 4  # seconds in which torch's launcher notices that another process was killed
 
 
 class UserError(Exception):
-    """A mistake the user can fix before training; its text is the line that is printed."""
+    """What the user can fix before training: a line for each argument."""
 
 
 def guard(run: Callable[[], None]) -> None:
@@ -37,14 +37,14 @@ def guard(run: Callable[[], None]) -> None:
     try:
         _run_and_print(run)
     except UserError as error:
-        _fail(f"error: {error}", REFUSED)
+        _fail("\n".join(f"error: {line}" for line in error.args), REFUSED)
     except ImportError as error:
         _fail(f"error: {error}; type {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
         if line is None and FIRST_FAILURE in os.environ:
             # If another process was killed, the launcher says so and ends this one meanwhile.
-            time.sleep(4 * MONITOR_INTERVAL)
+            time.sleep(PATIENCE)
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
@@ -99,7 +99,7 @@ def begin_data_worker(*_: Any) -> None:
     """The worker_init_fn of every data loader: the worker ends with its run, and never hangs it."""
     die_with_parent()
     if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
-        _end(1)
+        end(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_data_worker)
 
 
@@ -138,7 +138,7 @@ def die_with_launcher() -> None:
     if LAUNCHER in os.environ:
         die_with_parent()
         if os.environ[LAUNCHER] != str(os.getppid()):
-            _end(1)
+            end(1)
 
 
 def _ignore_lost_connections(failure: Any) -> None:
@@ -178,16 +178,19 @@ def _fail(text: str, status: int) -> None:
         try:
             open(os.environ[FIRST_FAILURE], "x").close()
         except FileExistsError:
-            _end(status)
+            end(status)
         except OSError:  # the launcher and its folder are gone, or that disk is full
             pass
     with contextlib.suppress(OSError):  # there is no other place to say it
         sys.stderr.write(text.rstrip() + "\n")  # DeiT silences print() in all ranks but 0
-    _end(status)
+    end(status)
 
 
-def _end(status: int) -> None:
-    """Exit without the clean-up of libraries, which would wait for processes that are gone."""
+def end(status: int) -> None:
+    """Exit without the clean-up of libraries: it would wait for processes, and takes a second.
+
+    Data workers end with their parent.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # what was lost is an error already
             stream.flush()

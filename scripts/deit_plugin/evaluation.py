@@ -82,7 +82,8 @@ def worst_classes(found: Evaluation, classes: List[str]) -> str:
 def gather(predictions: torch.Tensor, images: int, world_size: int) -> List[Tuple[int, float]]:
     """Class and probability of each test image, in the order of the data set, from all ranks.
 
-    Rank r evaluates the images r, r + world_size, r + 2 * world_size and so on.
+    Rank r has evaluated the images r, r + world_size, r + 2 * world_size and so on: the shares of
+    ``loaders.evaluation``.
     """
     length = -(-images // world_size)
     own = predictions.new_zeros(length, 2)

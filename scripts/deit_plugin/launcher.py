@@ -1,81 +1,187 @@
-#!/usr/bin/env python3
-"""torch's own launcher and its flags, with one error line instead of its tracebacks."""
-import argparse
+"""Starts the processes of a launch with torch's own launcher, guarded against its surroundings."""
+import contextlib
+import fcntl
+import glob
 import logging
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
-from typing import Any, Optional
+from argparse import Namespace
+from importlib import import_module
+from typing import Any, Iterator, List, Mapping, NamedTuple, Optional
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # scripts/
+from . import errors
+from .errors import UserError
 
-from deit_plugin import errors, surroundings  # noqa: E402
+WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
+# Longest path of a temporary folder. Data workers open sockets below it, whose paths have at most
+# 107 characters (unix(7)), of which Python's own names take about 35 and the launch's folder 18.
+LONGEST_TEMPORARY_FOLDER = 50
+LOCK = "finetune-launcher.lock"
 
 
-def main() -> None:
-    """Run torch's launcher on this script's arguments; exit as the first process that failed."""
-    surroundings.keep_ignored_signals()
-    surroundings.forget_torchrun_variables()
-    surroundings.use_short_temporary_folder()
+class Machines(NamedTuple):
+    """The machines of a run, as this one's environment tells."""
+
+    processes: int  # on this machine, and on each other one
+    nodes: int
+    node_rank: int
+    address: str
+    port: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.nodes
+
+
+def find_machines(environment: Mapping[str, str], default: int) -> Machines:
+    """Read NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT. Raises UserError.
+
+    default: the number of processes on a machine.
+    """
+    problems = []
+
+    def number(name: str, default: int) -> int:
+        text = environment.get(name) or str(default)
+        if text.isdigit() and int(text):
+            return int(text)
+        problems.append(f"{name}={text}: must be a whole number, 1 or more")
+        return 1
+
+    processes = number("NPROC_PER_NODE", default)
+    nodes = number("NNODES", 1)
+    found = Machines(processes, nodes, 0, "127.0.0.1", random.randint(10000, 29999))
+    if nodes > 1:  # the others are for several machines, and may be left from another job
+        rank, address = environment.get("NODE_RANK", ""), environment.get("MASTER_ADDR", "")
+        if not rank.isdigit() or int(rank) >= nodes:
+            problems.append(f"NODE_RANK={rank}: must be 0 to {nodes - 1}, for NNODES={nodes} "
+                            "machines")
+        if not address:
+            problems.append("MASTER_ADDR is missing: set it to the first machine's address")
+        port = number("MASTER_PORT", 29500)
+        if not problems:
+            found = Machines(processes, nodes, int(rank), address, port)
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def require_gpus(device: str, machines: Machines, is_check: bool) -> str:
+    """Describe the GPUs of this machine. Raises UserError if there are too few.
+
+    With --check a machine without any GPU will do, as the login node of a cluster.
+    """
+    import torch
+
+    needed = machines.processes
+    if device == "cpu":
+        return f"none needed: --device cpu, NPROC_PER_NODE={needed}"
+    # device_count() alone would count GPUs that an old driver makes unusable.
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found and is_check:
+        return f"not checked: no GPU on this machine; the launch needs {needed}"
+    if found < needed:
+        advice = f"set NPROC_PER_NODE={found}, or " if found else ""
+        raise UserError(f"NPROC_PER_NODE={needed}, but torch can use {found} GPUs of this machine: "
+                        f"{advice}pass --device cpu for a smoke test")
+    return f"{found} found, {needed} needed"
+
+
+# Guards against what the shell, the cluster or an earlier launch left behind
+
+
+def prepare() -> None:
+    """Forget what would mislead torch, before it is imported; keep ignored signals ignored."""
+    _keep_ignored_signals()
+    for name in list(os.environ):
+        # PET_* is set in a Kubernetes pod, and torch's launcher takes it for flags.
+        if name.startswith("PET_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+    # Job folders of Slurm can have long paths.
+    if len(tempfile.gettempdir()) > LONGEST_TEMPORARY_FOLDER and os.access("/tmp", os.W_OK):
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
+
+
+def _keep_ignored_signals() -> None:
+    """Keep signals ignored that were ignored at the start, as SIGHUP is by nohup.
+
+    torch's launcher would handle them, and end the run when the user logs out.
+    """
+    numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM]
+    ignored = {number for number in numbers if signal.getsignal(number) == signal.SIG_IGN}
+    handle = signal.signal
+    signal.signal = lambda number, handler: (
+        signal.SIG_IGN if number in ignored else handle(number, handler))
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder for all temporary files of a launch; those of launches that were killed are removed.
+
+    A lock, which ends with its process, tells whether a launch still uses its folder. On a file
+    system without locks, the folder of a killed launch stays.
+    """
+    for path in glob.glob(os.path.join(tempfile.gettempdir(), "finetune-*", LOCK)):
+        with contextlib.suppress(OSError), open(path) as lock:  # it is in use, or not ours
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, \
+            open(os.path.join(folder, "new"), "w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(lock.name, os.path.join(folder, LOCK))  # nobody finds it before it is locked
+        os.environ["TMPDIR"] = folder
+        yield folder
+
+
+# The launch
+
+
+def command(machines: Machines, folder: str) -> List[str]:
+    """What to type for torch's launcher to start a worker for each process."""
+    try:
+        import torch.distributed.run  # noqa: F401
+
+        module = ["torch.distributed.run", "--monitor_interval", "0.1"]  # seconds
+    except ImportError:  # before torch 1.9
+        module = ["torch.distributed.launch", "--use_env"]
+    return [sys.executable, "-m", *module, "--nproc_per_node", str(machines.processes),
+            "--nnodes", str(machines.nodes), "--node_rank", str(machines.node_rank),
+            "--master_addr", machines.address, "--master_port", str(machines.port), WORKER, folder]
+
+
+def launch(machines: Machines, folder: str, args: Namespace) -> int:
+    """Start a worker for each process, with ``folder`` as its argument; return the exit status."""
     os.environ[errors.LAUNCHER] = str(os.getpid())
+    os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
+    os.environ[errors.STATUS] = os.path.join(folder, "status")
+    tempfile.tempdir = folder  # for torch's own files
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    with surroundings.temporary_folder() as folder:
-        os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
-        os.environ[errors.STATUS] = os.path.join(folder, "status")
-        signal.signal(signal.SIGINT, interrupted)  # until torch's launcher handles it
-        args = parse()
-        check_gpus(args)
-        if args.nnodes > 1:
-            others = "machine 1" if args.node_rank else f"{args.nnodes - 1} more"
-            print(f"This is machine {args.node_rank + 1} of {args.nnodes}, waiting for {others} at "
-                  f"{args.master_addr}:{args.master_port}", flush=True)
-        sys.exit(launch(folder, args.nnodes))
-
-
-def parse() -> argparse.Namespace:
-    """What this module needs to know of the command line, which torch's launcher parses."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda")
-    for name, default in (("nproc_per_node", 1), ("nnodes", 1), ("node_rank", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("master_addr", "master_port"):
-        parser.add_argument(f"--{name}")
-    return parser.parse_known_args()[0]
-
-
-def check_gpus(args: argparse.Namespace) -> None:
-    """Refuse to start the processes if there are too few GPUs, which each would find by itself."""
-    from deit_plugin import gpus
-
-    gpus.describe(args.device, args.nproc_per_node)
-
-
-def launch(folder: str, machines: int) -> Optional[int]:
-    """Start the processes, with torch's own files in ``folder``; return the exit status."""
+    if machines.nodes > 1:
+        others = "machine 1" if machines.node_rank else f"{machines.nodes - 1} more"
+        print(f"This is machine {machines.node_rank + 1} of {machines.nodes}, waiting for {others} "
+              f"at {machines.address}:{machines.port}", flush=True)
+    _, _, module, *sys.argv[1:] = command(machines, folder)
+    if machines.nodes > 1 and module.endswith("run"):
+        # torch waits for the others in C++, where no handler of Python's runs, so that Ctrl-C has
+        # to end this process without our line. Once its processes have started, torch handles the
+        # signal itself (but not torch 1.9).
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        from torch.distributed.run import main as launch_torch
-
-        sys.argv[1:1] = ["--monitor_interval", str(errors.MONITOR_INTERVAL), "--log_dir", folder]
-        if machines > 1:
-            # torch waits for the others in C++, where no handler of Python's runs, so that Ctrl-C
-            # has to end this process without our line. Once its processes have started, torch
-            # handles the signal itself (but not torch 1.9).
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except ImportError:  # before torch 1.9
-        from torch.distributed.launch import main as launch_torch
-
-        sys.argv[1:1] = ["--use_env"]
-    try:
-        return launch_torch()
+        return import_module(module).main() or 0
     except subprocess.CalledProcessError as error:  # before torch 1.9
         who, status = "a process", error.returncode
     except Exception as error:
         if hasattr(error, "sigval"):  # SignalException, which torch 1.9 does not have
             if error.sigval == signal.SIGINT:
-                interrupted()
+                interrupted(args, machines)
             return 128 + error.sigval
         if not hasattr(error, "get_first_failure"):  # ChildFailedError
             raise
@@ -88,18 +194,15 @@ def launch(folder: str, machines: int) -> Optional[int]:
     return 128 - status
 
 
-def interrupted(*_: Any) -> None:
+def interrupted(args: Optional[Namespace] = None, machines: Optional[Machines] = None, *_: Any
+                ) -> None:
     """Say how much of the run is saved, and exit. Its processes end with this one."""
     saved = errors.read_status()
     text, again = (saved, "continues") if saved else ("nothing saved yet", "starts again")
-    if "--eval" in sys.argv:
+    if args and args.eval:
         text, again = "the evaluation is not finished", "starts again"
-    elif "--node_rank" in sys.argv and sys.argv[sys.argv.index("--node_rank") + 1] != "0":
+    elif machines and machines.node_rank:
         text, again = "the first machine saves the run", "continues"
-    without = " without --overwrite" if "--overwrite" in sys.argv else ""
+    without = " without --overwrite" if args and args.overwrite else ""
     sys.stderr.write(f"interrupted: {text}; the same command{without} {again}\n")
     sys.exit(128 + signal.SIGINT)
-
-
-if __name__ == "__main__":
-    errors.guard(main)

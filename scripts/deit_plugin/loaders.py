@@ -64,12 +64,12 @@ class Augmented(Dataset):
 class Batches:
     """The batches of indices of one epoch: for each step, those of the ranks it stands for.
 
-    loader: DeiT's, whose sampler and batch size are used; accum_iter: with N, this process takes
+    loader: DeiT's, whose sampler and batch size are used. With --accum-iter N, this process takes
     the batches that N of DeiT's ranks would take.
     """
 
-    def __init__(self, loader: DataLoader, args: Namespace, accum_iter: int) -> None:
-        self.batch_size, self.seed = loader.batch_size, args.seed
+    def __init__(self, loader: DataLoader, args: Namespace) -> None:
+        self.batch_size, self.seed, accum_iter = loader.batch_size, args.seed, args.accum_iter
         sampler, replicas = type(loader.sampler), args.world_size * accum_iter
         self.ranks = range(args.rank * accum_iter, (args.rank + 1) * accum_iter)
         self.samplers = [sampler(loader.dataset, replicas, rank, shuffle=True)
@@ -127,18 +127,10 @@ def _persistent(loader: DataLoader, dataset: Any, batches: Any,
 def evaluation(loader: DataLoader, args: Namespace) -> DataLoader:
     """This process's share of the test images: every image is in exactly one share.
 
+    ``evaluation.gather`` puts the shares together again, so it must know how they are made.
+
     Uses its own generator, so that --eval-freq does not change training.
     """
     share = range(args.rank, len(loader.dataset), args.world_size)
     return _persistent(loader, loader.dataset, BatchSampler(share, loader.batch_size, False),
                        torch.Generator())
-
-
-def steps_per_epoch(images: int, ranks: int, batch_size: int, repeated_aug: bool) -> int:
-    """Optimizer steps of an epoch, without partial batches, as in DeiT.
-
-    ranks: number of processes x --accum-iter.
-    """
-    if repeated_aug:  # RASampler in DeiT's samplers.py
-        return images // 256 * 256 // ranks // batch_size
-    return -(-images // ranks) // batch_size

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other before they train."""
+"""What the processes of a run, which may be on several machines, tell each other."""
 import json
 from typing import Any, Dict, List
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed
 
 from .errors import UserError
-from .words import differing
+from .job import differing
 
 LONGEST = 2**16  # characters of what a process tells
 
@@ -22,7 +22,7 @@ def gather(facts: Dict[str, Any], device: str) -> List[Dict[str, Any]]:
 
 
 def require_same(everyone: List[Dict[str, Any]], rank: int) -> None:
-    """Raise UserError if another rank was launched differently.
+    """Raise UserError if a rank of another machine was launched differently.
 
     Such ranks would train different models, or wait for each other forever.
     """

@@ -10,29 +10,24 @@ from argparse import Namespace
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 import torch
 
-from .checkout import BUNDLE, deit_folder
+from . import deit
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL")
 
 
-def of_launch(command: str, machines: List[Dict[str, str]]) -> Dict[str, Any]:
-    """Facts about this launch, for run.json.
-
-    machines: what ``of_process`` returns in each rank.
-    """
+def of_launch(command: str) -> Dict[str, Any]:
+    """Facts about this launch, for run.json."""
     return {
         "started": now(), "ended": None,
         "command": command,
         "versions": {"python": platform.python_version(), **{
             name: getattr(import_module(name), "__version__", None) for name in PACKAGES}},
-        "deit": of_checkout(deit_folder(), "main.py"),
-        "bundle": of_checkout(BUNDLE, "scripts/finetune.py"),
-        "processes": len(machines),
-        "machines": sorted({f"{machine['host']}: {machine['device']}" for machine in machines}),
+        "deit": of_checkout(deit.folder(), "main.py"),
+        "bundle": of_checkout(deit.BUNDLE, "scripts/finetune.py"),
     }
 
 

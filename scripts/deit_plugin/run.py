@@ -5,7 +5,6 @@ import random
 import shlex
 import sys
 import time
-import zlib
 from argparse import Namespace
 from types import ModuleType, SimpleNamespace
 from typing import Any, Dict, NamedTuple, Tuple
@@ -13,24 +12,14 @@ from typing import Any, Dict, NamedTuple, Tuple
 import torch
 import torch.distributed
 
-from . import accumulation, errors, loaders, machines, options, output, provenance, recipe, weights
-from .data import Data, evaluated_on, kind_of_accuracy
+from . import accumulation, errors, job, loaders, machines, provenance, weights
+from .data import Data, count, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
-from .evaluation import (
-    Evaluation,
-    check_predictions,
-    evaluate,
-    gather,
-    worst_classes,
-    write_predictions,
-)
+from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
 from .narrator import Narrator
-from .options import Plan
-from .output import RunFolder, Start
-from .words import count, unequal
+from .run_folder import RunFolder
 
-STAND_INS = ("build_dataset", "create_model", "create_optimizer", "create_scheduler",
-             "train_one_epoch", "evaluate")
+STAND_INS = ("build_dataset", "create_model", "create_scheduler", "train_one_epoch", "evaluate")
 
 
 class Trained(NamedTuple):
@@ -46,8 +35,8 @@ class Run:
 
     DeiT's main(args) calls, in this order on every commit:
 
-    1. init_distributed_mode. Afterwards all ranks can communicate, and print() is silent in all
-       ranks but 0.
+    1. utils.init_distributed_mode. Afterwards all ranks can communicate, and print() is silent in
+       all ranks but 0. Ours makes sure that all machines train the same.
     2. manual_seed of torch and NumPy, with --seed + rank.
     3. build_dataset, for train and test. Ours returns the images that were built before.
     4. DataLoader, for train and test. DeiT's loaders are never iterated; ours take over their
@@ -59,79 +48,74 @@ class Run:
     8. train_one_epoch, for each epoch. Before the first, ours restores the state of optimizer, loss
        scaler, EMA and learning rate, which exist only now, and begins to write to --output_dir.
     9. lr_scheduler.step. Epoch e thus trains with the rate that is scheduled for e - 1.
-    10. evaluate. Ours ends the epoch here: log.txt gets its line, then the checkpoint is written.
-        DeiT itself writes neither, since its args have no output_dir.
+    10. evaluate, the last step of an epoch. So ours also ends the epoch: log.txt gets its line,
+        then the checkpoint is written. DeiT writes neither, since its args have no output_dir.
 
-    main: DeiT's module, as checkout.import_main returns it; for the others see finetune.py.
+    main: DeiT's module, as deit.import_main returns it.
     """
 
-    def __init__(self, main: ModuleType, args: Namespace, plan: Plan, data: Data,
-                 folder: RunFolder, start: Start) -> None:
-        self.main, self.args, self.plan, self.data = main, args, plan, data
-        self.folder, self.start = folder, start
+    def __init__(self, main: ModuleType, decided: job.Job, data: Data) -> None:
+        self.main, self.job, self.args, self.data = main, decided, decided.args, data
+        self.start, self.folder = decided.start, RunFolder(decided.args.output_dir)
         self.deit = SimpleNamespace(**vars(main))  # DeiT's originals, which run_deit replaces
-        self.comparison = recipe.compare(args, plan, data)
-        self.settings = self.comparison.settings
-        output.check_start(start, self.settings, args, plan)
-        if plan.predictions:
-            check_predictions(plan.predictions, start.path)
+        self.init_deit = main.utils.init_distributed_mode
+        # What create_model reads and the first epoch takes over: optimizer, EMA and so on.
+        self.state = {}
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
-        self.sampler = self.scheduler = self.trained = None
+        self.sampler = self.scheduler = self.trained = self.narrator = None
         self.places = []  # host and device of each rank
-        self.best = {"epoch": None, "test_acc1": -1}  # in rank 0: the best row of log.txt
-        self.narrator = Narrator(args, plan, data, self.comparison, start)
+        self.rows, self.best = list(self.start.rows), self.start.best  # of all epochs so far
 
     def run_deit(self) -> None:
         """Run DeiT's ``main`` with this run's methods in place of its functions."""
         for name in STAND_INS:
             setattr(self.main, name, getattr(self, name))
+        self.main.utils.init_distributed_mode = self.init_distributed_mode
         # DeiT's main would print an accuracy of 0 for epochs without evaluation, and its utils and
         # engine print a line every 10 batches.
-        others = () if self.plan.verbose else (self.main.utils, sys.modules["engine"])
+        others = () if self.args.verbose else (self.main.utils, sys.modules["engine"])
         for module in (self.main, *others):
             module.print = lambda *_, **__: None
         random.seed(self.args.seed + self.args.rank)  # DeiT seeds torch and NumPy only
-        self.main.main(options.for_deit(self.args, self.plan, self.start.epoch))
+        self.main.main(job.for_deit(self.job))
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
-            path, best = self.folder.path, self.best["test_acc1"]
-            print(f"Best {kind_of_accuracy(self.args)}: {best:.2f} % after epoch "
+            path = self.folder.path
+            print(f"Best {kind_of_accuracy(self.args)}: {self.best['acc1']:.2f} % after epoch "
                   f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
                   f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
-        self.train_loader = self.test_loader = None  # ends their workers
-        torch.distributed.destroy_process_group()
 
     # What DeiT calls, in its order
 
+    def init_distributed_mode(self, args: Namespace) -> None:
+        """Connect the processes, and learn where they run.
+
+        Raises UserError if another machine was launched differently.
+        """
+        self.init_deit(args)
+        everyone = machines.gather({**job.shared(self.job), **provenance.of_process(self.args)},
+                                   self.args.device)
+        self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
+        machines.require_same(everyone, self.args.rank)
+        if self.args.rank and os.environ.get("LOCAL_RANK") == "0":  # the first on another machine
+            sys.stdout.write(f"This machine has joined: {self.places[0]['host']} prints the "
+                             f"progress of all {len(everyone)} processes\n")
+            sys.stdout.flush()
+
     def build_dataset(self, is_train: bool, args: Namespace) -> Tuple[Any, int]:
-        """The images that were built before, and the number of classes."""
+        """The images that were decided on, and the number of classes."""
         dataset = self.data.train if is_train else self.data.test
         if dataset is None:  # under --eval: DeiT counts them, and can change their transform
             dataset = copy.copy(self.data.test)
         return dataset, len(self.data.classes)
 
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
-        """Create the model and load its weights, if all ranks agree on what they train."""
-        if torch.distributed.is_initialized():  # not under --check
-            self._compare_machines()
-        path, classes = self.start.path, self.data.classes
-        its_classes = self.start.state.get("classes", classes)
-        if its_classes != classes:
-            raise UserError(f"{path} comes from a run on other classes "
-                            f"({unequal(classes, its_classes, 'here', 'there')}): pass the "
-                            f"--data-path of that run, not {self.args.data_path}")
+        """Create the model and load its weights."""
+        self.state = weights.read_again(self.start.path, self.start.file, self.args.trust)
         kwargs.pop("img_size", None)  # which only DeiT HEAD passes
         model = weights.create(name, self.args.input_size, self.deit.create_model, **kwargs)
-        weights.fit(model, self.start.state["model"], path, name)
+        weights.fit(model, self.state["model"], self.start.path, name)
         return model
-
-    def create_optimizer(self, args: Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Create DeiT's optimizer; timm raises various exceptions for an unknown name."""
-        try:
-            return self.deit.create_optimizer(args, model)
-        except Exception as error:
-            raise UserError(f"--opt {args.opt}: timm cannot create this optimizer: "
-                            f"{one_line(error)}; pass adamw, as the recipes do") from error
 
     def create_scheduler(self, args: Namespace, optimizer: torch.optim.Optimizer
                          ) -> Tuple[Any, int]:
@@ -149,14 +133,14 @@ class Run:
                  "model_ema": model_ema and model_ema.ema}
         if self.train_loader is None:
             self._begin(parts)
-            self.sampler = loaders.Batches(data_loader, self.args, self.plan.accum_iter)
+            self.sampler = loaders.Batches(data_loader, self.args)
             self.train_loader = loaders.training(data_loader, self.sampler)
         began = time.monotonic()
         self.sampler.set_epoch(epoch)  # before iter, which begins to fetch batches
         batches = iter(self.train_loader)  # draws a number from torch's generator, so seed after it
         if epoch > 0:
             loaders.seed_process(self.args, epoch)
-        step = accumulation.Step(self.plan.accum_iter)
+        step = accumulation.Step(self.args.accum_iter)
         scaler = accumulation.Scaler(loss_scaler, optimizer, step)
         ema = model_ema and accumulation.Ema(model_ema, step)
         number = len(self.train_loader)
@@ -178,8 +162,10 @@ class Run:
         """Evaluate when due, over all processes, and end the epoch."""
         if self.test_loader is None:
             self.test_loader = loaders.evaluation(data_loader, self.args)
+        if self.narrator is None:  # under --eval
+            self.narrator = Narrator(self.job)
         began, stats = time.monotonic(), {}
-        if self.args.eval or self._is_due(self.plan.eval_freq):
+        if self.args.eval or self._is_due(self.args.eval_freq):
             batches = self.narrator.follow(self.test_loader, len(self.test_loader), "test batch",
                                            data_loader.batch_size, scaler=None)
             found = evaluate(model, batches, device, len(self.data.classes))
@@ -200,50 +186,28 @@ class Run:
         self.narrator.say(f"{self.start.path}: {self.narrator.in_words(found.stats)} on "
                           f"{evaluated_on(self.data, self.args)}\n"
                           f"worst classes: {worst_classes(found, self.data.classes)}")
-        if self.plan.predictions:
-            predictions = gather(found.predictions, len(self.data.test), self.args.world_size)
-            if self.args.rank == 0:
-                write_predictions(self.plan.predictions, predictions, self.data, self.args)
-                print(f"predictions: {self.plan.predictions}")
+        predictions = gather(found.predictions, len(self.data.test), self.args.world_size)
+        if self.args.predictions and self.args.rank == 0:
+            write_predictions(self.args.predictions, predictions, self.data, self.args)
+            print(f"predictions: {self.args.predictions}")
 
     def _begin(self, parts: Dict[str, Any]) -> None:
-        state = self.start.state
+        """Restore what exists only now, and begin to write to --output_dir."""
         if self.start.epoch:  # no commit of DeiT restores all of this correctly
             try:
                 for name in ("optimizer", "model_ema", "scaler"):
-                    if parts[name] is not None and state.get(name):  # DeiT of 2020 saves no scaler
-                        parts[name].load_state_dict(state[name])
+                    if parts[name] is not None and self.state.get(name):  # 2020's has no scaler
+                        parts[name].load_state_dict(self.state[name])
             except ValueError as error:  # DeiT of 2020 groups the parameters in another way
                 raise UserError(f"{self.start.path} was written with another DeiT commit "
                                 f"({one_line(error)}): set DEIT_DIR to the same") from error
             self.scheduler.step(self.start.epoch - 1)  # the rate by this run's own schedule
-        if self.args.rank == 0:
-            facts = {"settings": self.settings, "differs": self.comparison.differs,
-                     "classes": self.data.classes}
-            launch = provenance.of_launch(self.plan.command, self.places)
-            self.folder.begin(self.start, self.plan.overwrite, facts, launch)
-            if (self.folder.path / "best_checkpoint.pth").exists():
-                self.best = max([self.best, *self.start.rows],
-                                key=lambda row: row.get("test_acc1", -1))
-        self.narrator.begin()
-        if self.start.epoch:
             self._note_saved(self.start.epoch)
-        state.clear()  # frees its memory; nothing reads it from here on
-
-    def _compare_machines(self) -> None:
-        """Raise UserError if the ranks were launched differently; learn where they run."""
-        everyone = machines.gather({
-            **options.same_on_all_machines(self.args, self.plan), **self.settings,
-            "first epoch": self.start.epoch + 1,
-            "checksum of the pretrained file": self.start.origin["crc32"],
-            "checksum of the class names": zlib.crc32(repr(self.data.classes).encode()),
-            **provenance.of_process(self.args)}, self.args.device)
-        self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
-        machines.require_same(everyone, self.args.rank)
-        if self.args.rank and os.environ.get("LOCAL_RANK") == "0":  # the first on another machine
-            sys.stdout.write(f"This machine has joined: {self.places[0]['host']} prints the "
-                             f"progress of all {len(everyone)} processes\n")
-            sys.stdout.flush()
+        self.state = {}  # frees its memory
+        self.narrator = Narrator(self.job)
+        if self.args.rank == 0:
+            self.folder.begin(self.job, sorted({f"{place['host']}: {place['device']}"
+                                                for place in self.places}))
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every ``every`` epochs and after the last is due."""
@@ -251,30 +215,32 @@ class Run:
         return done % every == 0 or done == self.args.epochs
 
     def _end_epoch(self, tested: Dict[str, float], n_parameters: int) -> None:
-        """Say and log what the epoch came to, then write checkpoints that are due."""
+        """Log what the epoch came to, write checkpoint.pth if it is due, and say it."""
         if self.args.rank != 0:
             return
         epoch, trained, parts = self.trained
         row = {**{f"train_{name}": value for name, value in trained.items()},
                **{f"test_{name}": value for name, value in tested.items()},
                "epoch": epoch, "n_parameters": n_parameters}
-        is_best = row.get("test_acc1", -1) > self.best["test_acc1"]
+        is_best = bool(tested) and (self.best is None or tested["acc1"] > self.best["acc1"])
         if is_best:
-            self.best = row
+            self.best = {"epoch": epoch, "acc1": tested["acc1"]}
+        self.rows.append(row)
         self.folder.log(row)
-        saves = (["best_checkpoint.pth"] if is_best else []) + (
-            ["checkpoint.pth"] if is_best or self._is_due(self.plan.save_freq) else [])
-        if saves:
-            state = {name: part and part.state_dict() for name, part in parts.items()}
-            state.update(epoch=epoch, settings=self.settings, classes=self.data.classes,
-                         origin=self.start.origin, parent=self.start.parent,
-                         args=vars(self.args))  # a plain dict, which weights_only loads
-        for name in saves:
-            self.folder.save(name, state)
-        if saves:
+        if is_best or self._is_due(self.args.save_freq):
+            best = self.best and {name: self.best[name] for name in ("epoch", "acc1")}
+            self.folder.save({
+                **{name: part and part.state_dict() for name, part in parts.items()},
+                "epoch": epoch, "rows": self.rows, "best": best, "settings": self.job.settings,
+                "classes": self.data.classes, "origin": self.start.origin,
+                "parent": self.start.parent,
+                "args": vars(self.args)})  # a plain dict, which weights_only loads
+            if is_best:
+                self.folder.name_best()
             self._note_saved(epoch + 1)
-        self.narrator.say_epoch(row, self.best["test_acc1"])  # last: on a full disk it raises
+        self.narrator.say_epoch(row, self.best["acc1"] if self.best else 0)  # last: it can raise
 
     def _note_saved(self, epochs: int) -> None:
-        errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
-                            f"{self.folder.path / 'checkpoint.pth'}")
+        if self.args.rank == 0:
+            errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
+                                f"{self.folder.path / 'checkpoint.pth'}")

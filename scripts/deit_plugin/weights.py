@@ -1,4 +1,5 @@
 """Loads pretrained weights into a model: only the head may be missing, nothing may be left over."""
+import os
 import re
 from argparse import Namespace
 from functools import partial
@@ -19,7 +20,8 @@ from convert_to_deit import (
 )
 from datasets import DATA_SETS, read_image
 
-from . import checkout, versions
+from . import deit
+from .deit import implied_input_size
 from .errors import UserError, one_line
 
 HEAD = ("head.weight", "head.bias")
@@ -41,19 +43,13 @@ def _vision_transformer(name: str, **kwargs: Any) -> VisionTransformer:
                              **kwargs)
 
 
-def implied_input_size(model: str) -> int:
-    """The input size in a model's name, such as vit_base_patch16_384, or else 224."""
-    found = re.search(r"_(\d{3})(?=[_.]|$)", model)
-    return int(found[1]) if found else 224
-
-
 def create(name: str, input_size: int, make: Callable, **kwargs: Any) -> torch.nn.Module:
     """Create a model for that input size by ``make(name, **kwargs)``. Raises UserError."""
     # DeiT's two older commits do not pass the input size on.
     kwargs["img_size"] = None if input_size == implied_input_size(name) else input_size
     try:
         return make(name, **kwargs)
-    except (RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # timm raises almost anything
         raise UserError(f"--model {name}: DeiT and timm cannot create it for --input-size "
                         f"{input_size}: {one_line(error)}; pass deit_base_patch16_224, which the "
                         "recipes use, or another ViT") from error
@@ -76,7 +72,7 @@ def finished(path: str, trust: bool = False) -> Finished:
     """
     state = read(path, trust)
     settings, classes = state.get("settings"), state.get("classes")
-    if not settings or not classes or HEAD[0] not in state["model"]:
+    if not settings or not classes or not has_head(state["model"]):
         raise UserError(f"{path} is not the checkpoint of a run of this bundle: pass the "
                         "best_checkpoint.pth of an --output_dir")
     row = DATA_SETS[settings["data_set"]]
@@ -91,8 +87,8 @@ def _make(name: str, **kwargs: Any) -> torch.nn.Module:
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         return _vision_transformer(name, **kwargs)
     if not is_model(name):
-        checkout.import_main()  # registers DeiT's models
-    return versions.make_model(name, **kwargs)
+        deit.import_main()  # registers DeiT's models
+    return deit.make_model(name, **kwargs)
 
 
 def read(path: str, trust: bool = False) -> Dict[str, Any]:
@@ -109,8 +105,34 @@ def read(path: str, trust: bool = False) -> Dict[str, Any]:
         require_finite(model)
     except CheckpointError as error:
         raise UserError(f"{path}: {error}") from error
-    model = {re.sub(r"(_orig_mod|module)\.", "", name): model[name] for name in model}
-    return {**checkpoint, "model": model}
+    return _with_plain_names(checkpoint)
+
+
+def read_again(path: str, mark: List[int], trust: bool) -> Dict[str, Any]:
+    """What ``read`` has verified, without verifying it again.
+
+    Raises OSError if the file is not the one that had that ``mark_of``.
+    """
+    if mark_of(path) != mark:
+        raise OSError(f"{path} was replaced while this run was starting: launch again")
+    return _with_plain_names(load(path, trust, verify=False))
+
+
+def mark_of(path: str) -> List[int]:
+    """Size and time of change of a file: other numbers mean that it was replaced."""
+    about = os.stat(path)
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _with_plain_names(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    model = checkpoint["model"]
+    return {**checkpoint, "model": {re.sub(r"(_orig_mod|module)\.", "", name): model[name]
+                                    for name in model}}
+
+
+def has_head(weights: Dict[str, torch.Tensor]) -> bool:
+    """Whether the tensors contain a classifier."""
+    return HEAD[0] in weights
 
 
 def fit(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: str, model_name: str
