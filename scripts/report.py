@@ -21,8 +21,6 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from deit_plugin import errors  # noqa: E402
 
-# Accuracy in %, from the tables in MoCo v3's README.md and transfer/README.md.
-PUBLISHED = {"cifar10": 98.9, "cifar100": 90.5, "flowers": 97.7, "pets": 93.2, "imagenet": 83.2}
 COLUMNS = ("run", "data set", "epochs", "best %", "last %", "per class %", "published %",
            "vs. published", "training time")
 NOTE = ("published: by MoCo v3's authors, not run here; compared with finished runs of the recipe. "
@@ -46,17 +44,17 @@ class LoggedRun:
         about = parse(facts.read_bytes()) if facts.is_file() else {}
         self.has_facts = isinstance(about.get("settings"), dict)  # plain DeiT writes no run.json
         self.settings = about["settings"] if self.has_facts else {}
-        differs, weights = about.get("differs"), about.get("origin")
-        self.differs = [str(text) for text in differs] if isinstance(differs, list) else None
+        weights = about.get("origin")
         self.weights = weights if isinstance(weights, dict) else {}
         self.continues_another = bool(about.get("parent"))
-        self.is_of_moco_v3 = bool(self.weights.get("is_moco_v3", True))
+        # What the run itself has found out about MoCo v3's figure; in run.json since 2026-12.
+        published = about.get("published_accuracy")
+        self.published = published if type(published) in (int, float) else None
+        self.not_comparable = about.get("not_comparable", "its run.json does not say")
 
         self.data_set = str(self.settings.get("data_set", "-"))
         self.held_out = bool(self.settings.get("hold_out"))
-        self.published = None if self.held_out else PUBLISHED.get(self.data_set)
-        self.is_of_recipe = (bool(self.published) and self.differs == [] and self.is_of_moco_v3
-                             and not self.continues_another)
+        self.is_of_recipe = self.published is not None and self.not_comparable is None
         self.planned = self.settings.get("epochs", "-")
         self.done = self.rows[-1]["epoch"] + 1 if self.rows else 0
         accuracies = self.curve("test_acc1")[1]
@@ -168,18 +166,10 @@ def differences(runs: List[LoggedRun]) -> List[str]:
     """What keeps runs from being compared: with published figures, or among seeds."""
     lines = []
     for run in runs:
+        if run.published and run.not_comparable:
+            lines.append(f"{run.name}: not compared, since {run.not_comparable}")
         if run.continues_another:
-            lines.append(f"{run.name}: not compared or counted among seeds, since it continues "
-                         "another run")
-        elif run.published and not run.is_of_moco_v3:
-            lines.append(f"{run.name}: not compared, since it began with other weights than "
-                         "MoCo v3's pretrained ones")
-        elif run.published and run.differs is None:
-            lines.append(f"{run.name}: not compared, since no recipe launched it")
-        elif run.published and run.differs:
-            more = f" and {len(run.differs) - 5} more" if len(run.differs) > 5 else ""
-            lines.append(f"{run.name}: differs from the published recipe: "
-                         f"{', '.join(run.differs[:5])}{more}")
+            lines.append(f"{run.name}: not counted among seeds, since it continues another run")
     return lines
 
 

@@ -80,7 +80,7 @@ def test_a_process_that_is_killed_is_named(processes, workers, status, says, fla
 
 
 def test_a_finished_run_and_files_of_others_are_kept(flags, tmp_path):
-    """Also under --overwrite, which deletes only what is named in run.json."""
+    """Also under --overwrite, which deletes only files of a run."""
     run, own = tmp_path / "run", tmp_path / "run" / "checkpoint.pth"
     run.mkdir()
     (run / "log.txt").write_text("my notes")

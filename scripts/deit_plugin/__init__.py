@@ -19,14 +19,13 @@ Training
     run.py          class Run, the methods that replace DeiT's functions
     loaders.py      persistent data workers; random numbers; each test image in one process only
     accumulation.py --accum-iter: four stand-ins for arguments of DeiT's train_one_epoch
-    machines.py     what the processes of a run tell each other
 
 Both
     deit.py         finds and imports DeiT; patches for newer torch, timm, Pillow, and for no GPU
     weights.py      loads pretrained weights into a model; makes a finished model from a checkpoint
     evaluation.py   accuracies and loss over all processes; predictions
     narrator.py     what a run prints
-    provenance.py   versions, commits, machines and checksums, for run.json
+    provenance.py   versions, commits, checksums, and what the processes of a run are
     errors.py       UserError, and how a process ends
 
 Imports are acyclic, and every module may import errors.py. Mistakes that a user can fix raise

@@ -3,7 +3,6 @@
 DeiT was written for torch 1.7 and timm 0.3.2. Each patch has no effect where it is not needed.
 """
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -66,12 +65,6 @@ def _require_modules_of(checkout: Path) -> None:
         if file and path.stem not in OURS and Path(file).resolve() != path.resolve():
             raise UserError(f"DeiT's module {path.stem} was imported from {file} instead of "
                             f"{path}: rename that file, or take its folder out of PYTHONPATH")
-
-
-def implied_input_size(model: str) -> int:
-    """The input size in a model's name, such as vit_base_patch16_384, or else 224."""
-    found = re.search(r"_(\d{3})(?=[_.]|$)", model)
-    return int(found[1]) if found else 224
 
 
 # Newer torch, timm and Pillow

@@ -6,6 +6,7 @@ with ``world_size``, the number of processes on all machines. Nothing changes it
 import argparse
 import difflib
 import os
+import re
 import shlex
 import warnings
 from argparse import Namespace
@@ -14,7 +15,6 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from datasets import DATA_SETS
 
-from .deit import implied_input_size
 from .errors import UserError
 
 YOUR_FLAGS = "--your-flags"  # stands between a recipe's flags and the user's
@@ -313,6 +313,12 @@ def _not_supported(args: Namespace) -> Iterator[str]:
         if value != unused:
             yield (f"{flag_of(name)} {value} is not supported: pass the converted checkpoint, or "
                    "the checkpoint of a run to continue, to --resume")
+
+
+def implied_input_size(model: str) -> int:
+    """The input size in a model's name, such as vit_base_patch16_384, or else 224."""
+    found = re.search(r"_(\d{3})(?=[_.]|$)", model)
+    return int(found[1]) if found else 224
 
 
 def _combinations(args: Namespace) -> Iterator[Tuple[bool, str]]:

@@ -32,6 +32,7 @@ class Start(NamedTuple):
     origin: Dict[str, Any]  # the pretrained file that training began with
     rows: List[Dict[str, Any]]  # of log.txt, for the epochs before
     best: Optional[Dict[str, Any]]  # epoch, acc1, and the path of the checkpoint that has it
+    launches: List[Dict[str, Any]]  # earlier ones, if it continues
 
 
 class Job(NamedTuple):
@@ -67,7 +68,9 @@ class Job(NamedTuple):
             return "it began with other weights than MoCo v3's pretrained ones"
         if self.differs is None:
             return "no recipe launched it"
-        return "differs from the published recipe" if self.differs else None
+        more = f" and {len(self.differs) - 5} more" if len(self.differs) > 5 else ""
+        differs = f"it differs from the recipe: {', '.join(self.differs[:5])}{more}"
+        return differs if self.differs else None
 
 
 def write(job: Job, folder: str) -> None:

@@ -1,4 +1,5 @@
 """What was run: versions, commits, machines and the file that training began with."""
+import json
 import os
 import platform
 import re
@@ -10,12 +11,14 @@ from argparse import Namespace
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
+import torch.distributed
 
 from . import deit
 
+LONGEST = 2**16
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL")
 
 
@@ -39,6 +42,16 @@ def of_process(args: Namespace) -> Dict[str, str]:
         cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
         device = cpu[1] if cpu else platform.machine()
     return {"host": socket.gethostname(), "device": device}
+
+
+def of_everyone(facts: Dict[str, Any], device: str) -> List[Dict[str, Any]]:
+    """The ``facts`` of every rank; they must be serialisable as JSON, in LONGEST characters."""
+    text = json.dumps(facts).ljust(LONGEST).encode()
+    # all_gather_object of torch 1.7.1 would use the rank as the number of a GPU of this machine.
+    own = torch.tensor([*text], device=device)
+    everyone = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyone, own)
+    return [json.loads(bytes(its.tolist())) for its in everyone]
 
 
 def of_checkout(folder: Path, file: str) -> Dict[str, Any]:

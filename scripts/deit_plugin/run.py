@@ -12,7 +12,7 @@ from typing import Any, Dict, NamedTuple, Tuple
 import torch
 import torch.distributed
 
-from . import accumulation, errors, job, loaders, machines, provenance, weights
+from . import accumulation, errors, job, loaders, provenance, weights
 from .data import Data, count, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
 from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
@@ -90,13 +90,18 @@ class Run:
     def init_distributed_mode(self, args: Namespace) -> None:
         """Connect the processes, and learn where they run.
 
-        Raises UserError if another machine was launched differently.
+        Raises UserError if another machine was launched differently: it would train another model,
+        or the machines would wait for each other forever.
         """
         self.init_deit(args)
-        everyone = machines.gather({**job.shared(self.job), **provenance.of_process(self.args)},
-                                   self.args.device)
+        everyone = provenance.of_everyone(
+            {**job.shared(self.job), **provenance.of_process(self.args)}, self.args.device)
         self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
-        machines.require_same(everyone, self.args.rank)
+        for other, facts in enumerate(everyone):
+            different = job.differing(everyone[self.args.rank], facts, f"rank {other}")
+            if different:
+                raise UserError(f"rank {self.args.rank} has {', '.join(different)}: pass the same "
+                                "on all machines, with the same data and one shared --output_dir")
         if self.args.rank and os.environ.get("LOCAL_RANK") == "0":  # the first on another machine
             sys.stdout.write(f"This machine has joined: {self.places[0]['host']} prints the "
                              f"progress of all {len(everyone)} processes\n")
@@ -233,7 +238,7 @@ class Run:
                 **{name: part and part.state_dict() for name, part in parts.items()},
                 "epoch": epoch, "rows": self.rows, "best": best, "settings": self.job.settings,
                 "classes": self.data.classes, "origin": self.start.origin,
-                "parent": self.start.parent,
+                "parent": self.start.parent, "launches": self.folder.launches,
                 "args": vars(self.args)})  # a plain dict, which weights_only loads
             if is_best:
                 self.folder.name_best()

@@ -74,7 +74,7 @@ def start_from(path: str, continues: bool, state: Dict[str, Any], args: Namespac
             state["model"].get("pos_embed"))}
     rows, best = _history(Path(path), state) if epoch else ([], None)
     return Start(path, weights.mark_of(path), continues, epoch, has_head, parent, origin, rows,
-                 best)
+                 best, state.get("launches", []) if continues else [])
 
 
 def _history(path: Path, state: Dict[str, Any]
@@ -204,34 +204,37 @@ class RunFolder:
         """Make the folder that of this run: log.txt up to the start, run.json, the best checkpoint.
 
         It is locked until this process ends. With --overwrite the files of an earlier run are
-        deleted. Without it, files that have our names and are not continued are renamed to
-        NAME.old: a log without its checkpoint may be all that is left of a run.
+        deleted. Other files that have our names and are not continued are renamed to NAME.old: a
+        log without its checkpoint may be all that is left of a run.
 
         machines: names of hosts and devices. Raises UserError if another run has the folder.
         """
         start = job.start
+        deletes = job.args.overwrite and (self.path / ".lock").exists()  # a run of ours was there
         self.path.mkdir(parents=True, exist_ok=True)
         self._claim = self._lock()
-        deletes = job.args.overwrite and "settings" in self._read_run_json()
+        is_ours = {name: start.continues for name in RUN_FILES}
+        is_ours["run.json"] = bool(start.launches)  # what an earlier version wrote is kept
         for name in RUN_FILES:
             path = self.path / name
             for left_by_a_crash in self.path.glob(f".{name}.*.tmp"):
                 left_by_a_crash.unlink()
             if deletes:
                 path.unlink(missing_ok=True)
-            elif path.exists() and not start.continues:
+            elif path.exists() and not is_ours[name]:
                 path.replace(self.path / (name + ".old"))
-        launches = self._read_run_json().get("launches", [])
         with convert_to_deit.atomic_write(str(self.path / "log.txt")) as file:
             file.write("".join(json.dumps(row) + "\n" for row in start.rows).encode())
         if start.best:
             self.name_best(start.best["path"])
-        self._write_run_json({
+        self.launches = [*start.launches, {**job.launch, "processes": job.args.world_size,
+                                           "machines": machines}]
+        self._facts = {
             "settings": job.settings, "differs": job.differs,
             "published_accuracy": job.published_accuracy, "not_comparable": job.not_comparable,
             "classes": job.classes, "parent": start.parent, "origin": start.origin,
-            "launches": [*launches, {**job.launch, "processes": job.args.world_size,
-                                      "machines": machines}]})
+            "launches": self.launches}
+        self._write_facts()
 
     def name_best(self, path: Optional[str] = None) -> None:
         """Give a checkpoint, checkpoint.pth by default, also the name best_checkpoint.pth."""
@@ -248,21 +251,12 @@ class RunFolder:
 
     def end(self) -> None:
         """Note in run.json when this launch ended."""
-        facts = self._read_run_json()
-        facts["launches"][-1]["ended"] = provenance.now()
-        self._write_run_json(facts)
+        self.launches[-1]["ended"] = provenance.now()
+        self._write_facts()
 
-    def _read_run_json(self) -> Dict[str, Any]:
-        """Our run.json; {} if it is missing, damaged or not ours."""
-        try:
-            facts = json.loads((self.path / "run.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return facts if isinstance(facts, dict) and isinstance(facts.get("launches"), list) else {}
-
-    def _write_run_json(self, facts: Dict[str, Any]) -> None:
+    def _write_facts(self) -> None:
         with convert_to_deit.atomic_write(str(self.path / "run.json")) as file:
-            file.write(json.dumps(facts, indent=1).encode())
+            file.write(json.dumps(self._facts, indent=1).encode())
 
     def log(self, row: Dict[str, Any]) -> None:
         """Append an epoch's row to log.txt, flushed to disk."""

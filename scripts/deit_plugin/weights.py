@@ -21,8 +21,8 @@ from convert_to_deit import (
 from datasets import DATA_SETS, read_image
 
 from . import deit
-from .deit import implied_input_size
 from .errors import UserError, one_line
+from .flags import implied_input_size
 
 HEAD = ("head.weight", "head.bias")
 # Width and number of heads of models that need no DeiT checkout. Source: DeiT's models.py.
