@@ -51,6 +51,7 @@ class Decision(NamedTuple):
     data: Optional[Any]  # a data.Data
     model: Optional[Any]  # on the CPU, with the weights
     job: Optional[Any]  # a job.Job
+    must_download: bool  # whether data must be downloaded before all can be decided
     problems: List[str]  # each in one line
 
 
@@ -89,7 +90,8 @@ def decide(main: ModuleType, words: List[str]) -> Decision:
         ask(run_folder.RunFolder(args.output_dir).check)
     start = ask(run_folder.start_from, path, continues, state, args)
     has_data = args.data_set and args.data_path and (state or not args.eval)
-    images = ask(data.load, args) if has_data else None
+    must_download = bool(has_data) and data.must_download(args)
+    images = ask(data.load, args) if has_data and not must_download else None
     model = ask(lambda: create_model(main, args, images, state))
     settings, decided, agrees = None, None, True
     if not wrong_flags:  # what they make wrong would be said again in other words
@@ -104,7 +106,7 @@ def decide(main: ModuleType, words: List[str]) -> Decision:
         ask(weights.fit, model, state["model"], path, args.model)
     if args.predictions and path:
         ask(evaluation.check_predictions, args.predictions, path)
-    return Decision(args, machines, gpus, images, model, decided, problems)
+    return Decision(args, machines, gpus, images, model, decided, must_download, problems)
 
 
 def create_model(main: ModuleType, args: Namespace, images: Any, state: Optional[Dict[str, Any]]
@@ -136,6 +138,9 @@ def launch(main: ModuleType, words: List[str]) -> int:
     from deit_plugin import check, data, job, launcher, narrator
 
     found = decide(main, words)
+    if found.must_download and not found.problems and not found.args.dry_run:
+        data.download(found.args)
+        found = decide(main, words)
     args, machines, decided = found.args, found.machines, found.job
     if args.check:
         return check.check(found)

@@ -163,3 +163,9 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_log(flags, tmp_path):
         max(best["test_acc1"], log_of(tmp_path / "more")[2]["test_acc1"]), abs=0.01)
 
 
+
+
+def test_nothing_is_downloaded_for_a_launch_that_cannot_work(flags, tmp_path):
+    flags += ["--data-set", "cifar10", "--data-path", tmp_path / "cifar"]
+    wrong = fork("pets", *flags, "--model", "no_such", https_proxy="http://127.0.0.1:9")
+    assert "--model no_such" in error_of(wrong) and not (tmp_path / "cifar").exists()

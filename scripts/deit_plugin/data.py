@@ -33,6 +33,27 @@ class Data(NamedTuple):
         return self.test.classes
 
 
+def must_download(args: Namespace) -> bool:
+    """Whether images are missing that this launch is to download first."""
+    row, root = DATA_SETS[args.data_set], Path(args.data_path).resolve()
+    if not row.downloads(args):
+        return False
+    missing = [path for is_train in _splits(args)
+               for path in row.missing(str(root), split_of(is_train, args))]
+    return bool(missing) and not where_else(row, root, missing[0])
+
+
+def download(args: Namespace) -> None:
+    """Download what is missing. Raises UserError."""
+    for is_train in _splits(args):
+        _load_split(is_train, args)
+
+
+def _splits(args: Namespace) -> Tuple[bool, ...]:
+    """Which images a run needs: True for those of the train split, False for the others."""
+    return (True,) if args.hold_out else (False,) if args.eval else (True, False)
+
+
 def load(args: Namespace) -> Data:
     """Build the images that a run of ``args.data_set`` needs. Raises UserError."""
     _require_transforms(args)
