@@ -52,7 +52,21 @@ class Decision(NamedTuple):
     model: Optional[Any]  # on the CPU, with the weights
     job: Optional[Any]  # a job.Job
     must_download: bool  # whether data must be downloaded before all can be decided
-    problems: List[str]  # each in one line
+    problems: List[str]
+
+
+class Problems(list):
+    """What is wrong with a launch, each in one line."""
+
+    def ask(self, question: Callable, *arguments: Any) -> Any:
+        """The answer; None if it is a problem, or if an argument is None because of one."""
+        if any(argument is None for argument in arguments):
+            return None
+        try:
+            return question(*arguments)
+        except errors.UserError as error:
+            self.extend(error.args)
+            return None
 
 
 def decide(main: ModuleType, words: List[str]) -> Decision:
@@ -63,19 +77,8 @@ def decide(main: ModuleType, words: List[str]) -> Decision:
     """
     from deit_plugin import data, evaluation, flags, job, launcher, provenance, run_folder, weights
 
-    problems = []
-
-    def ask(question: Callable, *arguments: Any) -> Any:
-        """The answer; None if it is a problem, or if an argument is None because of one."""
-        if any(argument is None for argument in arguments):
-            return None
-        try:
-            return question(*arguments)
-        except errors.UserError as error:
-            problems.extend(error.args)
-            return None
-
-    parser = flags.parser_for(main)
+    problems = Problems()
+    ask, parser = problems.ask, flags.parser_for(main)
     given = flags.parse(parser, words)
     path, continues = ask(run_folder.choose_checkpoint, given.args) or (None, None)
     state = ask(run_folder.read_checkpoint, path, continues, given.args)

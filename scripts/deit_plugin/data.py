@@ -36,11 +36,12 @@ class Data(NamedTuple):
 def must_download(args: Namespace) -> bool:
     """Whether images are missing that this launch is to download first."""
     row, root = DATA_SETS[args.data_set], Path(args.data_path).resolve()
-    if not row.downloads(args):
+    try:
+        missing = [path for is_train in _splits(args) if row.downloads(args)
+                   for path in row.missing(str(root), split_of(is_train, args))]
+        return bool(missing) and not where_else(row, root, missing[0])
+    except (OSError, ValueError, RuntimeError):  # load says what is wrong
         return False
-    missing = [path for is_train in _splits(args)
-               for path in row.missing(str(root), split_of(is_train, args))]
-    return bool(missing) and not where_else(row, root, missing[0])
 
 
 def download(args: Namespace) -> None:

@@ -11,7 +11,7 @@ import shlex
 import warnings
 from argparse import Namespace
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from datasets import DATA_SETS
 
@@ -36,53 +36,26 @@ ACCURACY = "accuracy"  # the accuracies of its epochs
 LARGEST, FINITE = 2**31 - 1, 1e38  # NumPy's seeds end at 2**32 - 1, float32 at 3e38
 
 
-# Why a flag has no effect, or "" if it has one: each takes args and the flag's name.
-
-
-def _never(args: Namespace, name: str) -> str:
-    return "in this bundle"
-
-
-def _by_data_set(args: Namespace, name: str) -> str:
-    is_read = name in DATA_SETS[args.data_set].flags or (
-        name == "color_jitter" and _has_three_augment(args))
-    return "" if is_read else f"on --data-set {args.data_set}"
+def _mixes(args: Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def _has_three_augment(args: Namespace) -> bool:
     return getattr(args, "ThreeAugment", False)  # DeiT HEAD then replaces the train transform
 
 
-def _unless_three_augment(args: Namespace, name: str) -> str:
-    return "with --ThreeAugment" if _has_three_augment(args) else ""
-
-
-def _with_three_augment(args: Namespace, name: str) -> str:
-    return "" if _has_three_augment(args) else "without --ThreeAugment"
-
-
-def _with_reprob(args: Namespace, name: str) -> str:
-    return "" if args.reprob > 0 else "with --reprob 0"
-
-
-def _with_mixing(args: Namespace, name: str) -> str:
-    return "" if _mixes(args) else "without --mixup or --cutmix"
-
-
-def _mixes(args: Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def _with_ema(args: Namespace, name: str) -> str:
-    return "" if args.model_ema else "with --no-model-ema"
-
-
-def _with_step_schedule(args: Namespace, name: str) -> str:
-    return "" if args.sched == "step" else f"with --sched {args.sched}"
-
-
-def _with_noise(args: Namespace, name: str) -> str:
-    return "" if args.lr_noise else "without --lr-noise"
+# What a flag can need to have an effect, and what is said if it is not so.
+NEEDS = {
+    "mixing": (_mixes, "without --mixup or --cutmix"),
+    "EMA": (lambda args: args.model_ema, "with --no-model-ema"),
+    "steps": (lambda args: args.sched == "step", "with --sched cosine or tanh"),
+    "noise": (lambda args: args.lr_noise, "without --lr-noise"),
+    "erasing": (lambda args: args.reprob > 0, "with --reprob 0"),
+    "ThreeAugment": (_has_three_augment, "without --ThreeAugment"),
+    "no ThreeAugment": (lambda args: not _has_three_augment(args), "with --ThreeAugment"),
+    "another bundle": (lambda args: False, "in this bundle"),
+    "data set": (),  # that reads it: see without_effect
+}
 
 
 class Flag(NamedTuple):
@@ -93,7 +66,7 @@ class Flag(NamedTuple):
     most: float = LARGEST
     agrees: str = ""  # what of a checkpoint it must agree with, when a run goes on elsewhere
     inherited: bool = False  # --eval takes it from the checkpoint, unless the user gives it
-    unused: Tuple[Callable[[Namespace, str], str], ...] = ()  # when it has no effect
+    needs: Tuple[str, ...] = ()  # keys of NEEDS; or "data set": one whose row names the flag
 
 
 FLAGS = {
@@ -102,39 +75,39 @@ FLAGS = {
     "hold_out": Flag(LEARNT, 0, 0.99, ACCURACY, inherited=True),
     "model": Flag(agrees=WEIGHTS, inherited=True),
     "input_size": Flag(LEARNT, 16, agrees=WEIGHTS, inherited=True),
-    "eval_crop_ratio": Flag(LEARNT, 0.1, 1, inherited=True, unused=(_by_data_set,)),
-    "test_split": Flag(SHARED, unused=(_by_data_set,)),
+    "eval_crop_ratio": Flag(LEARNT, 0.1, 1, inherited=True, needs=("data set",)),
+    "test_split": Flag(SHARED, needs=("data set",)),
     # Batches, epochs, and the learning rate.
     "batch_size": Flag(BATCHED, 1), "accum_iter": Flag(BATCHED, 1),
-    "world_size": Flag(BATCHED, unused=(_never,)),
+    "world_size": Flag(BATCHED, needs=("another bundle",)),
     "epochs": Flag(LEARNT, 1), "seed": Flag(LEARNT, 0),
     "lr": Flag(LEARNT, 0, FINITE), "min_lr": Flag(LEARNT, 0, FINITE),
     "warmup_lr": Flag(LEARNT, 0, FINITE),
-    "decay_epochs": Flag(LEARNT, 1, unused=(_with_step_schedule,)),
-    "decay_rate": Flag(LEARNT, 0, 1, unused=(_with_step_schedule,)),
-    "lr_noise_pct": Flag(unused=(_with_noise,)), "lr_noise_std": Flag(unused=(_with_noise,)),
+    "decay_epochs": Flag(LEARNT, 1, needs=("steps",)),
+    "decay_rate": Flag(LEARNT, 0, 1, needs=("steps",)),
+    "lr_noise_pct": Flag(needs=("noise",)), "lr_noise_std": Flag(needs=("noise",)),
     # Optimizer and regularisation.
     "opt": Flag(agrees=STATE), "opt_betas": Flag(agrees=STATE), "opt_eps": Flag(agrees=STATE),
     "momentum": Flag(agrees=STATE), "weight_decay": Flag(LEARNT, 0, FINITE, STATE),
     "drop": Flag(LEARNT, 0, 1), "drop_path": Flag(LEARNT, 0, 1), "smoothing": Flag(LEARNT, 0, 1),
-    "model_ema": Flag(agrees=STATE), "model_ema_decay": Flag(LEARNT, 0, 1, unused=(_with_ema,)),
-    "model_ema_force_cpu": Flag(unused=(_with_ema,)),
+    "model_ema": Flag(agrees=STATE), "model_ema_decay": Flag(LEARNT, 0, 1, needs=("EMA",)),
+    "model_ema_force_cpu": Flag(needs=("EMA",)),
     # Augmentation.
     "mixup": Flag(LEARNT, 0, FINITE), "cutmix": Flag(LEARNT, 0, FINITE),
-    "mixup_prob": Flag(LEARNT, 0, 1, unused=(_with_mixing,)),
-    "mixup_switch_prob": Flag(LEARNT, 0, 1, unused=(_with_mixing,)),
-    "mixup_mode": Flag(unused=(_with_mixing,)),
-    "aa": Flag(unused=(_by_data_set, _unless_three_augment)),
-    "train_interpolation": Flag(unused=(_by_data_set, _unless_three_augment)),
-    "color_jitter": Flag(unused=(_by_data_set,)),
-    "reprob": Flag(LEARNT, 0, 1, unused=(_unless_three_augment,)),
-    "remode": Flag(unused=(_unless_three_augment, _with_reprob)),
-    "recount": Flag(unused=(_unless_three_augment, _with_reprob)),
-    "src": Flag(unused=(_with_three_augment,)),
+    "mixup_prob": Flag(LEARNT, 0, 1, needs=("mixing",)),
+    "mixup_switch_prob": Flag(LEARNT, 0, 1, needs=("mixing",)),
+    "mixup_mode": Flag(needs=("mixing",)),
+    "aa": Flag(needs=("data set", "no ThreeAugment")),
+    "train_interpolation": Flag(needs=("data set", "no ThreeAugment")),
+    "color_jitter": Flag(needs=("data set",)),
+    "reprob": Flag(LEARNT, 0, 1, needs=("no ThreeAugment",)),
+    "remode": Flag(needs=("no ThreeAugment", "erasing")),
+    "recount": Flag(needs=("no ThreeAugment", "erasing")),
+    "src": Flag(needs=("ThreeAugment",)),
     # What DeiT has and a run here never uses.
     **dict.fromkeys(("resplit", "inat_category", "dist_eval", "distributed", "teacher_model",
                      "teacher_path", "distillation_alpha", "distillation_tau", "cooldown_epochs",
-                     "patience_epochs"), Flag(unused=(_never,))),
+                     "patience_epochs"), Flag(needs=("another bundle",))),
     # What a launch does, and where.
     "eval": Flag(SHARED), "device": Flag(SHARED), "download": Flag(SHARED),
     "overwrite": Flag(SHARED), "start_epoch": Flag(SHARED),
@@ -287,8 +260,17 @@ def problems(parser: Parser, given: Given) -> List[str]:
 
 def without_effect(args: Namespace) -> Dict[str, str]:
     """The names of arguments that change nothing here, each with the reason."""
-    return {name: why for name in vars(args) for rule in about(name).unused
-            for why in [rule(args, name)] if why}
+    read = DATA_SETS[args.data_set].flags + (("color_jitter",) * _has_three_augment(args))
+    reasons = {}
+    for name in vars(args):
+        for need in about(name).needs:
+            if need == "data set":
+                is_met, reason = name in read, f"on --data-set {args.data_set}"
+            else:
+                is_met, reason = NEEDS[need][0](args), NEEDS[need][1]
+            if not is_met:
+                reasons[name] = reason
+    return reasons
 
 
 def _names_in(parser: Parser, words: List[str]) -> Set[str]:
