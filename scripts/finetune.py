@@ -50,7 +50,7 @@ class Decision(NamedTuple):
     gpus: Optional[str]  # a description
     data: Optional[Any]  # a data.Data
     model: Optional[Any]  # on the CPU, with the weights
-    job: Optional[Any]  # a job.Job
+    decided: Optional[Any]  # a job.Job
     must_download: bool  # whether data must be downloaded before all can be decided
     problems: List[str]
 
@@ -69,16 +69,16 @@ class Problems(list):
             return None
 
 
-def decide(main: ModuleType, words: List[str]) -> Decision:
+def decide(deit_main: ModuleType, words: List[str]) -> Decision:
     """Decide what a launch with this command line does; read only, and create nothing.
 
-    main: DeiT's module. All problems are collected, but UserError is raised for words that cannot
-    be parsed.
+    deit_main: DeiT's main. All problems are collected, but UserError is raised for words that
+    cannot be parsed.
     """
-    from deit_plugin import data, evaluation, flags, job, launcher, provenance, run_folder, weights
+    from deit_plugin import data, evaluation, flags, launcher, run_folder, weights
 
     problems = Problems()
-    ask, parser = problems.ask, flags.parser_for(main)
+    ask, parser = problems.ask, flags.parser_for(deit_main)
     given = flags.parse(parser, words)
     path, continues = ask(run_folder.choose_checkpoint, given.args) or (None, None)
     state = ask(run_folder.read_checkpoint, path, continues, given.args)
@@ -86,73 +86,93 @@ def decide(main: ModuleType, words: List[str]) -> Decision:
         given = flags.inherit(parser, given, state.get("settings", {}))
     machines = ask(launcher.find_machines, os.environ, 1 if given.args.eval else flags.PROCESSES)
     args = flags.complete(given.args, machines.world_size if machines else 1)
+    given = given._replace(args=args)
     wrong_flags = flags.problems(parser, given)
     problems.extend(wrong_flags)
     gpus = ask(launcher.require_gpus, args.device, machines, args.check)
     if args.output_dir and not args.eval:
         ask(run_folder.RunFolder(args.output_dir).check)
     start = ask(run_folder.start_from, path, continues, state, args)
-    has_data = args.data_set and args.data_path and (state or not args.eval)
-    must_download = bool(has_data) and data.must_download(args)
-    images = ask(data.load, args) if has_data and not must_download else None
-    model = ask(lambda: create_model(main, args, images, state))
-    settings, decided, agrees = None, None, True
-    if not wrong_flags:  # what they make wrong would be said again in other words
-        ask(create_optimizer, main, args, model)
-        settings = ask(job.settings_of, args, images)
-    if settings and start and machines:
-        decided = job.Job(args, settings, job.published_settings(given._replace(args=args)),
-                          run_folder.changed_since(start, state, settings), images.classes, start,
-                          provenance.of_launch(flags.command(given)))
-        agrees = ask(run_folder.agrees, decided, state)
-    if agrees and state:
-        ask(weights.fit, model, state["model"], path, args.model)
-    if args.predictions and path:
+    images, must_download = None, False
+    if args.data_set and args.data_path and (state or not args.eval):
+        must_download = data.must_download(args)
+        images = None if must_download else ask(data.load, args)
+    # From here on, what was found wrong above would only be said again in other words.
+    model = decided = None
+    if wrong_flags:
+        ask(weights.require_model, args.model)
+    else:
+        model = ask(create_model, deit_main, args, number_of_classes(images, state))
+        ask(create_optimizer, deit_main, args, model)
+        decided = ask(make_job, given, images, start, state, machines)
+    if decided or not images:
+        ask(weights.load_into, model, state and state["model"], path, args.model)
+    if args.predictions:
         ask(evaluation.check_predictions, args.predictions, path)
     return Decision(args, machines, gpus, images, model, decided, must_download, problems)
 
 
-def create_model(main: ModuleType, args: Namespace, images: Any, state: Optional[Dict[str, Any]]
-                 ) -> Any:
-    """DeiT's model for the classes of the data or, without data, of the checkpoint."""
+def number_of_classes(images: Any, state: Optional[Dict[str, Any]]) -> int:
+    """The number of the data's classes or, without data, of the checkpoint's, or 1000."""
     from deit_plugin import weights
 
-    classes = 1000
     if images:
-        classes = len(images.classes)
-    elif state and weights.has_head(state["model"]):
-        classes = len(state["model"][weights.HEAD[0]])
-    return weights.create(args.model, args.input_size, main.create_model, num_classes=classes,
+        return len(images.classes)
+    return len((state or {}).get("model", {}).get(weights.HEAD[0], range(1000)))
+
+
+def make_job(given: Any, images: Any, start: Any, state: Dict[str, Any], machines: Any) -> Any:
+    """The job.Job. Raises UserError if data and checkpoint do not suit the flags.
+
+    given: a flags.Given; state: the content of the checkpoint that is started from.
+    """
+    from deit_plugin import flags, job, provenance, run_folder
+
+    settings = job.settings_of(given.args, images)
+    made = job.Job(given.args, settings, job.published_settings(given),
+                   run_folder.changed_since(start, state, settings), images.classes, start,
+                   provenance.of_launch(flags.command(given)))
+    run_folder.require_agreement(made, state)
+    return made
+
+
+def create_model(deit_main: ModuleType, args: Namespace, classes: int) -> Any:
+    """DeiT's model."""
+    from deit_plugin import weights
+
+    return weights.create(args.model, args.input_size, deit_main.create_model, num_classes=classes,
                           drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
-def create_optimizer(main: ModuleType, args: Namespace, model: Any) -> None:
+def create_optimizer(deit_main: ModuleType, args: Namespace, model: Any) -> None:
     """Try to create DeiT's optimizer; timm raises various exceptions for an unknown name."""
     try:
-        main.create_optimizer(args, model)
+        deit_main.create_optimizer(args, model)
     except Exception as error:
         raise errors.UserError(f"--opt {args.opt}: timm cannot create this optimizer: "
                                f"{errors.one_line(error)}; pass adamw, as the recipes do"
                                ) from error
 
 
-def launch(main: ModuleType, words: List[str]) -> int:
+def launch(deit_main: ModuleType, words: List[str]) -> int:
     """Do what the command line says; return the exit status. Raises UserError."""
-    from deit_plugin import check, data, job, launcher, narrator
+    from deit_plugin import check, data, job, launcher, narrator, run_folder
 
-    found = decide(main, words)
+    found = decide(deit_main, words)
     if found.must_download and not found.problems and not found.args.dry_run:
         data.download(found.args)
-        found = decide(main, words)
-    args, machines, decided = found.args, found.machines, found.job
+        found = decide(deit_main, words)
+    args, machines, decided = found.args, found.machines, found.decided
     if args.check:
         return check.check(found)
     if found.problems:
         raise errors.UserError(*found.problems)
     if args.dry_run:
-        show(main, args, machines)
+        show(deit_main, args, machines)
         return 0
     if decided.start.epoch >= args.epochs:
+        if decided.start.best and not machines.node_rank:  # a kill may have prevented it
+            run_folder.RunFolder(args.output_dir).name_best(decided.start.best["path"])
         print(f"{decided.start.path} has all {args.epochs} epochs: nothing left to train; for "
               "more, pass it to --resume, with more --epochs and another --output_dir")
         return 0
@@ -165,11 +185,11 @@ def launch(main: ModuleType, words: List[str]) -> int:
         return launcher.launch(machines, folder, args)
 
 
-def show(main: ModuleType, args: Namespace, machines: Any) -> None:
-    """Print torch's command, and every flag as DeiT gets it, to be compared with a recipe."""
+def show(deit_main: ModuleType, args: Namespace, machines: Any) -> None:
+    """Print torch's command, and every flag with its value, to be compared with a recipe's."""
     from deit_plugin import flags, launcher
 
-    words = flags.all_words(flags.parser_for(main), args)
+    words = flags.all_words(flags.parser_for(deit_main), args)
     print(f"torch's launcher:\n  {shlex.join(launcher.command(machines, 'FOLDER'))}\n"
           f"DeiT's flags, and this bundle's:\n  {shlex.join(['main.py', *words])}")
 
@@ -186,9 +206,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: launcher.interrupted())
     from deit_plugin import deit
 
-    status = launch(deit.import_main(), words)
-    sys.stdout.flush()
-    errors.end(status)
+    sys.exit(launch(deit.import_main(), words))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     tensors = generate.encoder_state(width, depth)
     tensors.update((name, torch.ones(shape)) for name, shape in more.items())
     with pytest.raises(errors.UserError) as refusal:
-        weights.fit(model, tensors, "a.pth", "some_model")
+        weights.load_into(model, tensors, "a.pth", "some_model")
     assert says in str(refusal.value) and "a.pth" in str(refusal.value)
     assert "None" not in str(refusal.value)
 

@@ -29,7 +29,7 @@ def test_all_problems_are_named_in_one_answer_by_one_process(flags, tmp_path):
 
 
 def start(**changed):
-    known = {"path": "a.pth", "file": [1, 2], "continues": False, "epoch": 0, "has_head": False,
+    known = {"path": "a.pth", "mark": [1, 2], "continues": False, "epoch": 0, "has_head": False,
              "parent": None, "origin": {"path": "a.pth", "crc32": "0", "is_moco_v3": True},
              "rows": [], "best": None, "launches": []}
     return Start(**{**known, **changed})

@@ -41,8 +41,8 @@ def check(found: Any) -> int:
         ask("GPUs", str, found.gpus)
     if not args.output_dir and not args.eval:
         print("output: not checked, --output_dir is missing; the launch needs it")
-    if found.job and not args.eval:
-        print(describe(found.job, images))
+    if found.decided and not args.eval:
+        print(describe(found.decided, images))
     if images:
         splits = {name: split for name, split in images._asdict().items() if split is not None}
         if found.model and not found.problems:

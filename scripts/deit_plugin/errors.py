@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 def guard(run: Callable[[], None]) -> None:
-    """Call ``run()``; if it fails, say why in one line and end the process with its status."""
+    """Call ``run()`` and end the process with its status; if it fails, say why in one line."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which nohup and & can set
         # A process blocked in a C++ collective never runs Python's signal handlers.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,7 +35,7 @@ def guard(run: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
     sys.stdout, sys.stderr = _Output(sys.stdout, "output"), _Output(sys.stderr, "error output")
     try:
-        _run_and_print(run)
+        end(_run_and_print(run))
     except UserError as error:
         _fail("\n".join(f"error: {line}" for line in error.args), REFUSED)
     except ImportError as error:
@@ -48,14 +48,18 @@ def guard(run: Callable[[], None]) -> None:
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
-def _run_and_print(run: Callable[[], None]) -> None:
-    """Call ``run()``, and raise OSError if something that it printed is lost."""
+def _run_and_print(run: Callable[[], None]) -> int:
+    """Call ``run()``; return its exit status. Raises OSError if something it printed is lost."""
+    status = 0
     try:
         run()
-    except SystemExit:
-        sys.stdout.flush()
-        raise
+    except SystemExit as stop:
+        status = stop.code or 0
+        if isinstance(status, str):
+            sys.stderr.write(status + "\n")
+            status = 1
     sys.stdout.flush()
+    return status
 
 
 class _Output:

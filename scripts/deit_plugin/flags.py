@@ -173,7 +173,7 @@ def parser_for(main: ModuleType) -> Parser:
             ("--download", "download Flowers or Pets if they are missing (CIFAR always is)"),
             ("--check", "check everything a launch needs, and every image; train nothing"),
             ("--dry-run", "print torch's command and every flag, and stop"),
-            ("--verbose", "also print DeiT's own lines"),
+            ("--verbose", "also print the lines of DeiT's engine"),
             ("--test-split", "with --eval: evaluate on test/ of folders that also have a val/"),
             ("--trust", "load checkpoints that contain more than tensors and plain values, as "
                         "torch did before it had weights_only; this runs the code in them")):
@@ -331,6 +331,7 @@ def _combinations(args: Namespace) -> Iterator[Tuple[bool, str]]:
         f"--batch-size {args.batch_size}: must be even with --mixup or --cutmix")
     yield len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= 1, (
         "--cutmix-minmax: takes two numbers from 0 to 1, the smaller first, as 0.2 0.8")
+    yield getattr(args, "cosub", False), "--cosub: needs models and losses of its own: leave it out"
     yield getattr(args, "bce_loss", False) and (not _mixes(args) or args.smoothing > 0), (
         "--bce-loss: needs --mixup or --cutmix, and --smoothing 0: DeiT turns every target above 0 "
         "into 1")

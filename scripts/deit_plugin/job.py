@@ -3,7 +3,6 @@
 Also: the settings of a run beside others, in words, and beside those of the published recipe.
 """
 import json
-import zlib
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -24,7 +23,7 @@ class Start(NamedTuple):
     """What a run starts from: a checkpoint, and what is known of the epochs before."""
 
     path: str
-    file: List[int]  # the checkpoint's size and time of change, by which workers know it again
+    mark: List[int]  # the file's size and time of change, by which workers know it again
     continues: bool  # whether it is --output_dir's own; then all settings must match
     epoch: int  # the first epoch to train, from 0; more than 0 if a run is resumed
     has_head: bool
@@ -41,7 +40,7 @@ class Job(NamedTuple):
     args: Namespace  # see flags.py; in a worker also with its rank
     settings: Dict[str, Any]  # what decides what is learnt: arguments, and facts about the data
     published: Optional[Dict[str, Any]]  # the recipe's settings; None if there is no recipe
-    changed: Optional[List[str]]  # settings since the parent, in words; None if there is none
+    changed: Optional[List[str]]  # settings since the parent's run, in words; None without parent
     classes: List[str]  # by label
     start: Start
     launch: Dict[str, Any]  # facts about this launch for run.json
@@ -68,9 +67,9 @@ class Job(NamedTuple):
             return "it began with other weights than MoCo v3's pretrained ones"
         if self.differs is None:
             return "no recipe launched it"
-        more = f" and {len(self.differs) - 5} more" if len(self.differs) > 5 else ""
-        differs = f"it differs from the recipe: {', '.join(self.differs[:5])}{more}"
-        return differs if self.differs else None
+        if self.differs:
+            return f"it differs from the recipe: {first_five(self.differs)}"
+        return None
 
 
 def write(job: Job, folder: str) -> None:
@@ -104,7 +103,7 @@ def shared(job: Job) -> Dict[str, Any]:
     return {**flags.with_role(job.args, LEARNT, BATCHED, SHARED), **job.settings,
             "first epoch": job.start.epoch + 1,
             "checksum of the pretrained file": job.start.origin["crc32"],
-            "checksum of the class names": f"{zlib.crc32(repr(job.classes).encode()):08x}"}
+            "checksum of the run to continue": (job.start.parent or {}).get("crc32")}
 
 
 # Settings
@@ -122,7 +121,7 @@ def settings_of(args: Namespace, data: Data) -> Dict[str, Any]:
 
 
 def published_settings(given: Given) -> Optional[Dict[str, Any]]:
-    """Those of the recipe that launched the run, on the official images; None without a recipe."""
+    """The settings of the recipe that launched the run, on the official images, or None."""
     official = DATA_SETS[given.args.data_set].official
     if not official or not given.recipe_args:
         return None
@@ -142,10 +141,10 @@ def _learnt(args: Namespace) -> Dict[str, Any]:
 
 def _steps(images: int, args: Namespace) -> int:
     """Optimizer steps of an epoch, without partial batches, as in DeiT."""
-    ranks = args.world_size * args.accum_iter
+    virtual_ranks = args.world_size * args.accum_iter
     if args.repeated_aug:  # RASampler in DeiT's samplers.py
-        return images // 256 * 256 // ranks // args.batch_size
-    return -(-images // ranks) // args.batch_size
+        return images // 256 * 256 // virtual_ranks // args.batch_size
+    return -(-images // virtual_ranks) // args.batch_size
 
 
 def _require_a_step(settings: Dict[str, Any], args: Namespace) -> None:

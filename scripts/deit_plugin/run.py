@@ -19,7 +19,7 @@ from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predi
 from .narrator import Narrator
 from .run_folder import RunFolder
 
-STAND_INS = ("build_dataset", "create_model", "create_scheduler", "train_one_epoch", "evaluate")
+REPLACED = ("build_dataset", "create_model", "create_scheduler", "train_one_epoch", "evaluate")
 
 
 class Trained(NamedTuple):
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
 
 
 class Run:
-    """The methods below replace the functions of DeiT's main.py that they are named after.
+    """The methods in REPLACED replace the functions of DeiT's main.py that they are named after.
 
     DeiT's main(args) calls, in this order on every commit:
 
@@ -47,37 +47,40 @@ class Run:
     7. DistributedDataParallel, create_optimizer, create_scheduler.
     8. train_one_epoch, for each epoch. Before the first, ours restores the state of optimizer, loss
        scaler, EMA and learning rate, which exist only now, and begins to write to --output_dir.
-    9. lr_scheduler.step. Epoch e thus trains with the rate that is scheduled for e - 1.
+    9. lr_scheduler.step. So each epoch but the first trains with the rate scheduled for the one
+       before.
     10. evaluate, the last step of an epoch. So ours also ends the epoch: log.txt gets its line,
         then the checkpoint is written. DeiT writes neither, since its args have no output_dir.
 
     main: DeiT's module, as deit.import_main returns it.
     """
 
-    def __init__(self, main: ModuleType, decided: job.Job, data: Data) -> None:
-        self.main, self.job, self.args, self.data = main, decided, decided.args, data
+    def __init__(self, deit_main: ModuleType, decided: job.Job, data: Data) -> None:
+        self.job, self.args, self.data = decided, decided.args, data
         self.start, self.folder = decided.start, RunFolder(decided.args.output_dir)
-        self.deit = SimpleNamespace(**vars(main))  # DeiT's originals, which run_deit replaces
-        self.init_deit = main.utils.init_distributed_mode
-        # What create_model reads and the first epoch takes over: optimizer, EMA and so on.
-        self.state = {}
+        self.deit_main = deit_main
+        self.deit = SimpleNamespace(**vars(deit_main))  # its functions, which run_deit replaces
+        self.connect = deit_main.utils.init_distributed_mode
+        self.state = {}  # create_model reads it; _begin restores optimizer, EMA and so on from it
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
         self.sampler = self.scheduler = self.trained = self.narrator = None
         self.places = []  # host and device of each rank
-        self.rows, self.best = list(self.start.rows), self.start.best  # of all epochs so far
+        self.rows, self.best = list(self.start.rows), None  # of all epochs so far
+        if self.start.best:
+            self.best = {name: self.start.best[name] for name in ("epoch", "acc1")}
 
     def run_deit(self) -> None:
         """Run DeiT's ``main`` with this run's methods in place of its functions."""
-        for name in STAND_INS:
-            setattr(self.main, name, getattr(self, name))
-        self.main.utils.init_distributed_mode = self.init_distributed_mode
+        for name in REPLACED:
+            setattr(self.deit_main, name, getattr(self, name))
+        self.deit_main.utils.init_distributed_mode = self.init_distributed_mode
         # DeiT's main would print an accuracy of 0 for epochs without evaluation, and its utils and
         # engine print a line every 10 batches.
-        others = () if self.args.verbose else (self.main.utils, sys.modules["engine"])
-        for module in (self.main, *others):
+        others = () if self.args.verbose else (self.deit_main.utils, sys.modules["engine"])
+        for module in (self.deit_main, *others):
             module.print = lambda *_, **__: None
         random.seed(self.args.seed + self.args.rank)  # DeiT seeds torch and NumPy only
-        self.main.main(job.for_deit(self.job))
+        self.deit_main.main(job.for_deit(self.job))
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
             path = self.folder.path
@@ -93,10 +96,11 @@ class Run:
         Raises UserError if another machine was launched differently: it would train another model,
         or the machines would wait for each other forever.
         """
-        self.init_deit(args)
+        self.connect(args)
         everyone = provenance.of_everyone(
             {**job.shared(self.job), **provenance.of_process(self.args)}, self.args.device)
-        self.places = [{name: facts.pop(name) for name in ("host", "device")} for facts in everyone]
+        for facts in everyone:  # which may differ in these two
+            self.places.append({name: facts.pop(name) for name in ("host", "device")})
         for other, facts in enumerate(everyone):
             different = job.differing(everyone[self.args.rank], facts, f"rank {other}")
             if different:
@@ -110,21 +114,21 @@ class Run:
     def build_dataset(self, is_train: bool, args: Namespace) -> Tuple[Any, int]:
         """The images that were decided on, and the number of classes."""
         dataset = self.data.train if is_train else self.data.test
-        if dataset is None:  # under --eval: DeiT counts them, and can change their transform
-            dataset = copy.copy(self.data.test)
+        if dataset is None:  # under --eval: DeiT needs some; a copy, since --ThreeAugment of HEAD
+            dataset = copy.copy(self.data.test)  # replaces their transform
         return dataset, len(self.data.classes)
 
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
         """Create the model and load its weights."""
-        self.state = weights.read_again(self.start.path, self.start.file, self.args.trust)
+        self.state = weights.read_again(self.start.path, self.start.mark, self.args.trust)
         kwargs.pop("img_size", None)  # which only DeiT HEAD passes
         model = weights.create(name, self.args.input_size, self.deit.create_model, **kwargs)
-        weights.fit(model, self.state["model"], self.start.path, name)
+        weights.load_into(model, self.state["model"], self.start.path, name)
         return model
 
     def create_scheduler(self, args: Namespace, optimizer: torch.optim.Optimizer
                          ) -> Tuple[Any, int]:
-        """Create DeiT's scheduler, and keep it for checkpoints."""
+        """Create DeiT's scheduler, and keep it: it is set when a run goes on, and saved."""
         self.scheduler, epochs = self.deit.create_scheduler(args, optimizer)
         return self.scheduler, epochs
 
@@ -164,27 +168,27 @@ class Run:
 
     def evaluate(self, data_loader: Any, model: torch.nn.Module, device: torch.device
                  ) -> Dict[str, float]:
-        """Evaluate when due, over all processes, and end the epoch."""
+        """Evaluate over all processes, if it is due, and end the epoch; or report, with --eval."""
         if self.test_loader is None:
             self.test_loader = loaders.evaluation(data_loader, self.args)
-        if self.narrator is None:  # under --eval
-            self.narrator = Narrator(self.job)
-        began, stats = time.monotonic(), {}
-        if self.args.eval or self._is_due(self.args.eval_freq):
-            batches = self.narrator.follow(self.test_loader, len(self.test_loader), "test batch",
-                                           data_loader.batch_size, scaler=None)
-            found = evaluate(model, batches, device, len(self.data.classes))
-            stats = found.stats
         if self.args.eval:
-            self._report(found)
-            return stats
-        if stats:
-            stats["seconds"] = round(time.monotonic() - began, 2)
-        self._end_epoch(stats, sum(parameter.numel() for parameter in model.parameters()
-                                   if parameter.requires_grad))
-        return {"acc1": 0.0}  # DeiT's main only prints it, and its print is silenced
+            self.narrator = Narrator(self.job)
+            self._report(self._evaluate(model, device))
+        else:
+            began, stats = time.monotonic(), {}
+            if self._is_due(self.args.eval_freq):
+                stats = self._evaluate(model, device).stats
+                stats["seconds"] = round(time.monotonic() - began, 2)
+            self._end_epoch(stats, sum(parameter.numel() for parameter in model.parameters()
+                                       if parameter.requires_grad))
+        return {"acc1": 0.0}  # DeiT takes it for its own lines and files, which there are none of
 
     # What happens in between
+
+    def _evaluate(self, model: torch.nn.Module, device: torch.device) -> Evaluation:
+        batches = self.narrator.follow(self.test_loader, len(self.test_loader), "test batch",
+                                       self.test_loader.batch_sampler.batch_size, scaler=None)
+        return evaluate(model, batches, device, len(self.data.classes))
 
     def _report(self, found: Evaluation) -> None:
         """Say what --eval found, and write --predictions."""
@@ -207,6 +211,7 @@ class Run:
                 raise UserError(f"{self.start.path} was written with another DeiT commit "
                                 f"({one_line(error)}): set DEIT_DIR to the same") from error
             self.scheduler.step(self.start.epoch - 1)  # the rate by this run's own schedule
+        if self.start.continues:
             self._note_saved(self.start.epoch)
         self.state = {}  # frees its memory
         self.narrator = Narrator(self.job)
@@ -223,8 +228,8 @@ class Run:
         """Log what the epoch came to, write checkpoint.pth if it is due, and say it."""
         if self.args.rank != 0:
             return
-        epoch, trained, parts = self.trained
-        row = {**{f"train_{name}": value for name, value in trained.items()},
+        epoch, stats, parts = self.trained
+        row = {**{f"train_{name}": value for name, value in stats.items()},
                **{f"test_{name}": value for name, value in tested.items()},
                "epoch": epoch, "n_parameters": n_parameters}
         is_best = bool(tested) and (self.best is None or tested["acc1"] > self.best["acc1"])
@@ -233,17 +238,17 @@ class Run:
         self.rows.append(row)
         self.folder.log(row)
         if is_best or self._is_due(self.args.save_freq):
-            best = self.best and {name: self.best[name] for name in ("epoch", "acc1")}
             self.folder.save({
                 **{name: part and part.state_dict() for name, part in parts.items()},
-                "epoch": epoch, "rows": self.rows, "best": best, "settings": self.job.settings,
+                "epoch": epoch, "rows": self.rows, "best": self.best, "settings": self.job.settings,
                 "classes": self.data.classes, "origin": self.start.origin,
                 "parent": self.start.parent, "launches": self.folder.launches,
                 "args": vars(self.args)})  # a plain dict, which weights_only loads
             if is_best:
                 self.folder.name_best()
             self._note_saved(epoch + 1)
-        self.narrator.say_epoch(row, self.best["acc1"] if self.best else 0)  # last: it can raise
+        # Last, since it raises OSError if the output goes to a full disk.
+        self.narrator.say_epoch(row, self.best["acc1"] if self.best else 0)
 
     def _note_saved(self, epochs: int) -> None:
         if self.args.rank == 0:

@@ -34,6 +34,9 @@ def choose_checkpoint(args: Namespace) -> Tuple[str, bool]:
     own = Path(args.output_dir, "checkpoint.pth")
     if args.output_dir and own.exists() and not (args.eval or args.overwrite):
         return str(own), True
+    if _is_of_run(args.resume, args.output_dir) and not args.eval:
+        raise UserError(f"--resume {args.resume} is a file of --output_dir, where this run would "
+                        "write its own: pass another --output_dir")
     if not args.resume:
         raise UserError("--resume is missing: pass what convert_to_deit.py wrote, or under --eval "
                         "the checkpoint of a run")
@@ -122,10 +125,10 @@ def changed_since(start: Start, state: Dict[str, Any], settings: Dict[str, Any]
     return differing(settings, state["settings"], "there")
 
 
-def agrees(job: Job, state: Dict[str, Any]) -> bool:
-    """True if the checkpoint may start the job; state: the content of ``job.start.path``.
+def require_agreement(job: Job, state: Dict[str, Any]) -> None:
+    """Raise UserError if the checkpoint is of a run with other settings, origin or classes.
 
-    Raises UserError if it belongs to a run with other settings, pretrained weights or classes.
+    state: the content of the checkpoint ``job.start.path``.
     """
     start, args, before = job.start, job.args, _settings_before(state)
     its_classes, advice = state.get("classes", job.classes), "pass the same flags and the same data"
@@ -154,7 +157,6 @@ def agrees(job: Job, state: Dict[str, Any]) -> bool:
     if different:
         raise UserError(f"{start.path} comes from a run with other settings: "
                         f"{', '.join(different)}; {advice}")
-    return True
 
 
 def _is_of_run(path: str, folder: str) -> bool:

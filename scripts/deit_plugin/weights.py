@@ -55,6 +55,13 @@ def create(name: str, input_size: int, make: Callable, **kwargs: Any) -> torch.n
                         "recipes use, or another ViT") from error
 
 
+def require_model(name: str) -> None:
+    """Raise UserError if neither timm nor DeiT, which must have been imported, has the model."""
+    if not is_model(name):
+        raise UserError(f"--model {name}: DeiT and timm have no such model; pass "
+                        "deit_base_patch16_224, which the recipes use, or another ViT")
+
+
 class Finished(NamedTuple):
     """A fine-tuned model, with what it takes to use it."""
 
@@ -77,7 +84,7 @@ def finished(path: str, trust: bool = False) -> Finished:
                         "best_checkpoint.pth of an --output_dir")
     row = DATA_SETS[settings["data_set"]]
     model = create(settings["model"], settings["input_size"], _make, num_classes=len(classes))
-    fit(model, state["model"], path, settings["model"])
+    load_into(model, state["model"], path, settings["model"])
     return Finished(model.eval(), classes, settings, partial(read_image, row.loader),
                     row.transform(False, Namespace(**settings)))
 
@@ -135,8 +142,8 @@ def has_head(weights: Dict[str, torch.Tensor]) -> bool:
     return HEAD[0] in weights
 
 
-def fit(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: str, model_name: str
-        ) -> None:
+def load_into(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: str,
+              model_name: str) -> None:
     """Load ``weights``, tensors by name, from the checkpoint at ``path`` into ``model``.
 
     Position embeddings of another input size are resampled. A head is left as it is if the weights

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""One process of a run: trains the job that finetune.py has written, and decides nothing.
+"""One process of a run: trains the job that finetune.py has written. It reads no flag.
 
-torch's launcher starts it as `worker.py FOLDER` for each GPU, and tells it its rank.
+torch's launcher starts it as `worker.py FOLDER` for each process, and tells it its rank. It refuses
+only what nobody could know before: that another machine was launched differently, for example.
 """
 import os
 import sys
@@ -14,16 +15,15 @@ from deit_plugin import deit, errors  # noqa: E402
 def main() -> None:
     """Train the job in the folder that the command line names."""
     errors.die_with_launcher()
-    main = deit.import_main()
+    deit_main = deit.import_main()
     from deit_plugin import data, job
     from deit_plugin.run import Run
 
     folder = sys.argv[1]
     decided = job.read(folder, int(os.environ["RANK"]))
     if decided.args.device == "cpu":
-        deit.run_on_cpu(main)
-    Run(main, decided, data.read(folder)).run_deit()
-    errors.end(0)
+        deit.run_on_cpu(deit_main)
+    Run(deit_main, decided, data.read(folder)).run_deit()
 
 
 if __name__ == "__main__":
