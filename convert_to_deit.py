@@ -82,9 +82,10 @@ def load(path: str, trust: bool = False, verify: bool = True) -> Any:
         options = {"weights_only": not trust} if SAFE_AND_MAPPED else {}
         # torch would map compressed members too, and silently read wrong numbers from them.
         if start.startswith(b"PK") and _is_uncompressed(path, verify) and SAFE_AND_MAPPED:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, UnicodeError):
                 return torch.load(path, map_location="cpu", mmap=True, **options)
-        return torch.load(path, map_location="cpu", **options)
+        with open(path, "rb") as file:  # torch opens no path that is not UTF-8
+            return torch.load(file, map_location="cpu", **options)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise CheckpointError(_why_unreadable(error, start)) from error
 

@@ -48,6 +48,9 @@ class Flowers(DatasetFolder):
             raise FileNotFoundError(errno.ENOENT, "missing from Oxford Flowers-102", path)
         self.samples = self._list_images(self.root, train)
         self.targets = [label for _, label in self.samples]
+        if train:  # the images of the official val set, which are the last ones, by index
+            official = self._read(self.root, "setid.mat", "trnid", highest=len(self.samples) * 99)
+            self.validation = range(len(official), len(self.samples))
 
     @classmethod
     def missing(cls, root: str, train: bool) -> List[str]:

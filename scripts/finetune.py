@@ -66,7 +66,9 @@ class Problems(list):
             return question(*arguments)
         except errors.UserError as error:
             self.extend(error.args)
-            return None
+        except OSError as error:  # such as a path that is too long
+            self.append(errors.one_line(error))
+        return None
 
 
 def decide(deit_main: ModuleType, words: List[str]) -> Decision:
@@ -98,13 +100,13 @@ def decide(deit_main: ModuleType, words: List[str]) -> Decision:
         must_download = data.must_download(args)
         images = None if must_download else ask(data.load, args)
     # From here on, what was found wrong above would only be said again in other words.
-    model = decided = None
+    usable, decided = args, None
     if wrong_flags:
-        ask(weights.require_model, args.model)
+        usable = Namespace(**{**vars(parser.parse_args([])), "model": args.model, "opt": args.opt})
     else:
-        model = ask(create_model, deit_main, args, number_of_classes(images, state))
-        ask(create_optimizer, deit_main, args, model)
         decided = ask(make_job, given, images, start, state, machines)
+    model = ask(create_model, deit_main, usable, number_of_classes(images, state))
+    ask(create_optimizer, deit_main, usable, model)
     if decided or not images:
         ask(weights.load_into, model, state and state["model"], path, args.model)
     if args.predictions:
@@ -163,7 +165,7 @@ def launch(deit_main: ModuleType, words: List[str]) -> int:
         data.download(found.args)
         found = decide(deit_main, words)
     args, machines, decided = found.args, found.machines, found.decided
-    if args.check:
+    if args.check and not args.dry_run:
         return check.check(found)
     if found.problems:
         raise errors.UserError(*found.problems)
@@ -182,7 +184,8 @@ def launch(deit_main: ModuleType, words: List[str]) -> int:
         job.write(decided, folder)
         data.write(found.data, folder)
         del found  # its memory
-        return launcher.launch(machines, folder, args)
+        saved = narrator.saved(args, decided.start.epoch) if decided.start.continues else ""
+        return launcher.launch(machines, folder, args, saved)
 
 
 def show(deit_main: ModuleType, args: Namespace, machines: Any) -> None:
@@ -203,7 +206,7 @@ def main() -> None:
     from deit_plugin import launcher
 
     launcher.prepare()
-    signal.signal(signal.SIGINT, lambda *_: launcher.interrupted())
+    signal.signal(signal.SIGINT, launcher.interrupted_while_deciding)
     from deit_plugin import deit
 
     sys.exit(launch(deit.import_main(), words))

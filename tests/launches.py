@@ -104,7 +104,7 @@ def run_by_shell(words, **variables):
         python = Path(folder, "python")
         python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         python.chmod(0o755)
-        return subprocess.run(words, capture_output=True, text=True,
+        return subprocess.run(words, capture_output=True, text=True, errors="surrogateescape",
                               env=environment(**{"PYTHON": python, **variables}))
 
 

@@ -47,6 +47,16 @@ def test_ending_a_launch_ends_every_process(name, to_all, processes, status, say
     assert done.returncode == status and re.fullmatch(says, done.stderr)
 
 
+def test_ctrl_c_while_a_launch_decides(flags, tmp_path):
+    """Whatever it is asking torch, timm or Pillow at that moment."""
+    with running("pets", *flags) as run:
+        time.sleep(2)
+        run.send_signal(signal.SIGINT)
+        done = end_of(run, timeout=5)
+    assert done.returncode == 130 and "nothing was started" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path, monkeypatch):
     """No process, and a temporary folder that is not in use any more."""
     def left_by_the_next_launch():

@@ -169,3 +169,16 @@ def test_nothing_is_downloaded_for_a_launch_that_cannot_work(flags, tmp_path):
     flags += ["--data-set", "cifar10", "--data-path", tmp_path / "cifar"]
     wrong = fork("pets", *flags, "--model", "no_such", https_proxy="http://127.0.0.1:9")
     assert "--model no_such" in error_of(wrong) and not (tmp_path / "cifar").exists()
+
+
+def test_a_run_whose_last_epoch_was_the_best_gets_its_best_checkpoint(flags, tmp_path):
+    """Also if it was killed between the two names; and no file of --output_dir is a --resume."""
+    run = tmp_path / "run"
+    flags += ["--epochs", "1"]
+    assert fork("pets", *flags, before=kill_before_the_best_has_its_name).returncode == 137
+    assert not (run / "best_checkpoint.pth").exists()
+    assert "nothing left" in train("pets", *flags).stdout
+    assert saved(run / "best_checkpoint.pth")["epoch"] == 0
+    (run / "checkpoint.pth").unlink()
+    flags += ["--resume", run / "best_checkpoint.pth", "--epochs", "2"]
+    assert "file of --output_dir" in error_of(fork("pets", *flags))

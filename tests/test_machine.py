@@ -56,6 +56,12 @@ def test_a_lock_file_that_cannot_be_opened_stops_no_run(flags, tmp_path):
     assert "cannot be locked" in train("pets", *flags).stderr
 
 
+def test_an_output_folder_whose_name_is_not_utf_8(flags, tmp_path):
+    flags += ["--output_dir", os.path.join(tmp_path, os.fsdecode(b"n\xff n")), "--epochs", "1"]
+    train("pets", *flags)
+    assert "nothing left" in train("pets", *flags).stdout
+
+
 @pytest.fixture(scope="module")
 def run(data, checkpoint, tmp_path_factory):
     """The folder of a Pets run."""

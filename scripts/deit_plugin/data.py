@@ -35,8 +35,9 @@ class Data(NamedTuple):
 
 def must_download(args: Namespace) -> bool:
     """Whether images are missing that this launch is to download first."""
-    row, root = DATA_SETS[args.data_set], Path(args.data_path).resolve()
+    row = DATA_SETS[args.data_set]
     try:
+        root = Path(args.data_path).resolve()
         missing = [path for is_train in _splits(args) if row.downloads(args)
                    for path in row.missing(str(root), split_of(is_train, args))]
         return bool(missing) and not where_else(row, root, missing[0])
@@ -92,8 +93,9 @@ def _require_transforms(args: Namespace) -> None:
 
 
 def _load_split(is_train: bool, args: Namespace) -> Any:
-    row, root = DATA_SETS[args.data_set], Path(args.data_path).resolve()
+    row = DATA_SETS[args.data_set]
     try:
+        root = Path(args.data_path).resolve()
         missing = row.missing(str(root), split_of(is_train, args))
         advice = where_else(row, root, missing[0]) if missing else ""
         if missing and not advice and not row.downloads(args) and args.eval and args.hold_out:

@@ -117,13 +117,13 @@ def write_status(text: str) -> None:
     """Note how much of the run is saved, for Ctrl-C."""
     if STATUS in os.environ:
         with contextlib.suppress(OSError):  # the launcher and its folder are gone
-            Path(os.environ[STATUS]).write_text(text)
+            Path(os.environ[STATUS]).write_text(text, errors="surrogateescape")
 
 
 def read_status() -> str:
     """What write_status noted last, or ""."""
-    with contextlib.suppress(OSError):
-        return Path(os.environ[STATUS]).read_text()
+    with contextlib.suppress(OSError, KeyError):  # nothing was launched yet
+        return Path(os.environ[STATUS]).read_text(errors="surrogateescape")
     return ""
 
 

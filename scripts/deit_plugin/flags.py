@@ -254,7 +254,8 @@ def problems(parser: Parser, given: Given) -> List[str]:
     if args.data_set:
         unused = without_effect(args)
         found += [f"{flag_of(name)} has no effect {unused[name]}: leave it out"
-                  for name in sorted(_names_in(parser, given.yours) & unused.keys())]
+                  for name in sorted(_names_in(parser, given.yours) & unused.keys())
+                  if not any(text.startswith(flag_of(name)) for text in found)]
     return found
 
 

@@ -5,6 +5,7 @@ import glob
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from importlib import import_module
-from typing import Any, Iterator, List, Mapping, NamedTuple, Optional
+from typing import Any, Iterator, List, Mapping, NamedTuple
 
 from . import errors
 from .errors import UserError
@@ -47,26 +48,22 @@ def find_machines(environment: Mapping[str, str], default: int) -> Machines:
     """
     problems = []
 
-    def number(name: str, default: int) -> int:
+    def number(name: str, default: int, least: int = 1, most: int = 10000) -> int:
         text = environment.get(name) or str(default)
-        if text.isdigit() and int(text):
+        if re.fullmatch("[0-9]{1,5}", text) and least <= int(text) <= most:
             return int(text)
-        problems.append(f"{name}={text}: must be a whole number, 1 or more")
-        return 1
+        problems.append(f"{name}={text}: must be a whole number from {least} to {most}")
+        return least
 
     processes = number("NPROC_PER_NODE", default)
     nodes = number("NNODES", 1)
     found = Machines(processes, nodes, 0, "127.0.0.1", random.randint(10000, 29999))
     if nodes > 1:  # the others are for several machines, and may be left from another job
-        rank, address = environment.get("NODE_RANK", ""), environment.get("MASTER_ADDR", "")
-        if not rank.isdigit() or int(rank) >= nodes:
-            problems.append(f"NODE_RANK={rank}: must be 0 to {nodes - 1}, for NNODES={nodes} "
-                            "machines")
+        address = environment.get("MASTER_ADDR", "")
         if not address:
             problems.append("MASTER_ADDR is missing: set it to the first machine's address")
-        port = number("MASTER_PORT", 29500)
-        if not problems:
-            found = Machines(processes, nodes, int(rank), address, port)
+        found = Machines(processes, nodes, number("NODE_RANK", -1, 0, nodes - 1), address,
+                         number("MASTER_PORT", 29500, 1, 65535))
     if problems:
         raise UserError(*problems)
     return found
@@ -156,12 +153,17 @@ def command(machines: Machines, folder: str) -> List[str]:
             "--master_addr", machines.address, "--master_port", str(machines.port), WORKER, folder]
 
 
-def launch(machines: Machines, folder: str, args: Namespace) -> int:
-    """Start a worker for each process, with ``folder`` as its argument; return the exit status."""
+def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
+    """Start a worker for each process, with ``folder`` as its argument; return the exit status.
+
+    saved: how much of the run is saved already, for Ctrl-C, or "".
+    """
     os.environ[errors.LAUNCHER] = str(os.getpid())
     os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
     os.environ[errors.STATUS] = os.path.join(folder, "status")
+    errors.write_status(saved)
     tempfile.tempdir = folder  # for torch's own files
+    signal.signal(signal.SIGINT, lambda *_: interrupted(args, machines))  # until torch handles it
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     if machines.nodes > 1:
@@ -194,15 +196,20 @@ def launch(machines: Machines, folder: str, args: Namespace) -> int:
     return 128 - status
 
 
-def interrupted(args: Optional[Namespace] = None, machines: Optional[Machines] = None, *_: Any
-                ) -> None:
+def interrupted(args: Namespace, machines: Machines) -> None:
     """Say how much of the run is saved, and exit. Its processes end with this one."""
     saved = errors.read_status()
     text, again = (saved, "continues") if saved else ("nothing saved yet", "starts again")
-    if args and args.eval:
+    if args.eval:
         text, again = "the evaluation is not finished", "starts again"
-    elif machines and machines.node_rank:
+    elif machines.node_rank:
         text, again = "the first machine saves the run", "continues"
-    without = " without --overwrite" if args and args.overwrite else ""
+    without = " without --overwrite" if args.overwrite else ""
     sys.stderr.write(f"interrupted: {text}; the same command{without} {again}\n")
     sys.exit(128 + signal.SIGINT)
+
+
+def interrupted_while_deciding(*_: Any) -> None:
+    """Exit at once: an exception would be caught by whatever is asking a library something."""
+    sys.stderr.write("interrupted: nothing was started; the same command starts again\n")
+    errors.end(128 + signal.SIGINT)

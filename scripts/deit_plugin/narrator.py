@@ -1,5 +1,7 @@
 """What a run prints: what it is, how far it is, and what it found."""
+import os
 import time
+from argparse import Namespace
 from collections import Counter
 from datetime import timedelta
 from typing import Any, Callable, Dict, Iterable, Iterator
@@ -111,6 +113,12 @@ class Narrator:
         names = ("acc1", "acc5", "acc_per_class", "loss")
         return (kind_of_accuracy(self.args) + " {:.2f} %, top-5 {:.2f} %, mean per class {:.2f} %, "
                 "loss {:.4f}".format(*(stats[prefix + name] for name in names)))
+
+
+def saved(args: Namespace, epochs: int) -> str:
+    """How much of a run is in its checkpoint."""
+    return (f"{count(epochs, 'epoch')} of {args.epochs} are saved in "
+            f"{os.path.join(args.output_dir, 'checkpoint.pth')}")
 
 
 def duration(seconds: float) -> str:

@@ -27,11 +27,16 @@ def of_launch(command: str) -> Dict[str, Any]:
     return {
         "started": now(), "ended": None,
         "command": command,
-        "versions": {"python": platform.python_version(), **{
-            name: getattr(import_module(name), "__version__", None) for name in PACKAGES}},
+        "versions": versions(),
         "deit": of_checkout(deit.folder(), "main.py"),
         "bundle": of_checkout(deit.BUNDLE, "scripts/finetune.py"),
     }
+
+
+def versions() -> Dict[str, str]:
+    """Those of Python and of the packages that a run uses."""
+    return {"python": platform.python_version(), **{
+        name: getattr(import_module(name), "__version__", None) for name in PACKAGES}}
 
 
 def of_process(args: Namespace) -> Dict[str, str]:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed
 
 from . import accumulation, errors, job, loaders, provenance, weights
-from .data import Data, count, evaluated_on, kind_of_accuracy
+from .data import Data, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
 from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
-from .narrator import Narrator
+from .narrator import Narrator, saved
 from .run_folder import RunFolder
 
 REPLACED = ("build_dataset", "create_model", "create_scheduler", "train_one_epoch", "evaluate")
@@ -211,8 +211,6 @@ class Run:
                 raise UserError(f"{self.start.path} was written with another DeiT commit "
                                 f"({one_line(error)}): set DEIT_DIR to the same") from error
             self.scheduler.step(self.start.epoch - 1)  # the rate by this run's own schedule
-        if self.start.continues:
-            self._note_saved(self.start.epoch)
         self.state = {}  # frees its memory
         self.narrator = Narrator(self.job)
         if self.args.rank == 0:
@@ -246,11 +244,6 @@ class Run:
                 "args": vars(self.args)})  # a plain dict, which weights_only loads
             if is_best:
                 self.folder.name_best()
-            self._note_saved(epoch + 1)
+            errors.write_status(saved(self.args, epoch + 1))
         # Last, since it raises OSError if the output goes to a full disk.
         self.narrator.say_epoch(row, self.best["acc1"] if self.best else 0)
-
-    def _note_saved(self, epochs: int) -> None:
-        if self.args.rank == 0:
-            errors.write_status(f"{count(epochs, 'epoch')} of {self.args.epochs} are saved in "
-                                f"{self.folder.path / 'checkpoint.pth'}")

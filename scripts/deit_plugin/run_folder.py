@@ -59,7 +59,8 @@ def start_from(path: str, continues: bool, state: Dict[str, Any], args: Namespac
 
     state: the content of the checkpoint ``path``.
     """
-    is_of_run, has_head = {"optimizer", "epoch"} <= state.keys(), weights.has_head(state["model"])
+    is_of_run = "optimizer" in state and isinstance(state.get("epoch"), int)
+    has_head = weights.has_head(state["model"])
     if continues and not is_of_run:
         raise UserError(f"{path} is not the checkpoint of a run, but would be replaced by one: "
                         "move it, or pass another --output_dir")

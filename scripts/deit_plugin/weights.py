@@ -55,13 +55,6 @@ def create(name: str, input_size: int, make: Callable, **kwargs: Any) -> torch.n
                         "recipes use, or another ViT") from error
 
 
-def require_model(name: str) -> None:
-    """Raise UserError if neither timm nor DeiT, which must have been imported, has the model."""
-    if not is_model(name):
-        raise UserError(f"--model {name}: DeiT and timm have no such model; pass "
-                        "deit_base_patch16_224, which the recipes use, or another ViT")
-
-
 class Finished(NamedTuple):
     """A fine-tuned model, with what it takes to use it."""
 
@@ -83,13 +76,14 @@ def finished(path: str, trust: bool = False) -> Finished:
         raise UserError(f"{path} is not the checkpoint of a run of this bundle: pass the "
                         "best_checkpoint.pth of an --output_dir")
     row = DATA_SETS[settings["data_set"]]
-    model = create(settings["model"], settings["input_size"], _make, num_classes=len(classes))
+    model = create(settings["model"], settings["input_size"], make, num_classes=len(classes))
     load_into(model, state["model"], path, settings["model"])
     return Finished(model.eval(), classes, settings, partial(read_image, row.loader),
                     row.transform(False, Namespace(**settings)))
 
 
-def _make(name: str, **kwargs: Any) -> torch.nn.Module:
+def make(name: str, **kwargs: Any) -> torch.nn.Module:
+    """A model for ``create``, by timm, or by DeiT if only DeiT has it."""
     if name in DEIT_MODELS:
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         return _vision_transformer(name, **kwargs)
