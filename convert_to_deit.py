@@ -276,18 +276,26 @@ def require_finite(weights: Dict[str, torch.Tensor]) -> None:
                                   "pass a checkpoint from before the loss diverged")
 
 
-def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
-    """Extract MoCo v3's encoder, without its head, from a checkpoint or a dict of tensors.
+def convert(checkpoint: Any, keep_head: bool = False) -> Tuple[Dict[str, torch.Tensor], str]:
+    """Extract MoCo v3's encoder from a checkpoint or a dict of tensors.
+
+    Args:
+        checkpoint: what `load` returns.
+        keep_head: keep the classifier of a linear probe, too. A pre-training head is never kept.
 
     Returns:
         The tensors under timm's names, in file order and not copied (150 for ViT-Base), and a
         description of where they were found.
 
     Raises CheckpointError if there is no MoCo v3 encoder, if it does not have exactly a ViT's
-    tensors, or if a value is NaN or infinite.
+    tensors, if a value is NaN or infinite, or if there is no classifier to keep.
     """
     weights = _tensors_of(checkpoint)
     prefix = _find_prefix(weights)
+    head = classifier_of(checkpoint)
+    if keep_head and not head:
+        raise CheckpointError("no classifier to keep: leave --keep-head out, or pass one of MoCo "
+                              "v3's linear-vit files")
     model = {name[len(prefix):]: tensor.detach() for name, tensor in weights.items()
              if name.startswith(prefix) and not name.startswith(prefix + "head.")}
     misnamed = [layer for layer, right in MISNAMED.items()
@@ -298,10 +306,21 @@ def convert(checkpoint: Any) -> Tuple[Dict[str, torch.Tensor], str]:
     problem = recognise(model).problem
     if problem:
         raise CheckpointError(f"not exactly the tensors of a ViT: {problem}; {WANTED}")
+    model.update(head if keep_head else {})
     require_finite(model)
     found = ("MoCo v3 pre-training checkpoint" if ENCODER.fullmatch(prefix)
              else "encoder with MoCo v3's position embedding")
     return model, found + (f", renamed its misnamed {', '.join(misnamed)}" if misnamed else "")
+
+
+def classifier_of(checkpoint: Any) -> Dict[str, torch.Tensor]:
+    """`head.weight` (classes, width) and `head.bias` of a linear probe on an encoder, or {}."""
+    weights = _tensors_of(checkpoint)
+    prefix = _find_prefix(weights)
+    head = {name: weights[prefix + name].detach() for name in ("head.weight", "head.bias")
+            if prefix + name in weights}
+    is_one = len(head) == 2 and [tensor.dim() for tensor in head.values()] == [2, 1]
+    return head if is_one and not ENCODER.fullmatch(prefix) else {}
 
 
 def _tensors_of(checkpoint: Any) -> Dict[str, torch.Tensor]:
@@ -347,12 +366,16 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--trust", action="store_true",
                         help="load an --input that contains more than tensors and plain values; "
                              "this runs the code in it")
+    parser.add_argument("--keep-head", action="store_true",
+                        help="keep the classifier of MoCo v3's linear-vit files, for --eval")
     args = parser.parse_args(argv)
     try:
         check_output(args.output, "--input", args.input)
         checkpoint = load(args.input, args.trust)
-        model, found = convert(checkpoint)
-        size = save({"model": model}, args.output)
+        model, found = convert(checkpoint, args.keep_head)
+        classes = len(classifier_of(checkpoint).get("head.bias", ()))
+        size = save({"model": model, **({"kept_head": True} if args.keep_head else {})},
+                    args.output)
     except CheckpointError as error:
         sys.exit(f"error: {args.input}: {' '.join(str(error).split())}")
     except OSError as error:
@@ -363,6 +386,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     values = sum(tensor.numel() for tensor in model.values())
     epoch = checkpoint.get("epoch", "unknown") if isinstance(checkpoint, dict) else "unknown"
     use = f"Use it with --model {fits}." if fits else "No model of DeiT has this width."
+    if classes:
+        use += f"\nIts classifier of {classes} classes was " + (
+            "kept: pass it to --eval." if args.keep_head else
+            "left out, as fine-tuning needs it; --keep-head keeps it, for --eval.")
     try:
         print(f"{title}, epoch {epoch}: {found}\n{use}\n{len(model)} tensors, {values:,} values: "
               f"{args.output}, {size / 1e6:.1f} MB", flush=True)

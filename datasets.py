@@ -7,9 +7,11 @@ import os
 import shutil
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy
+import torchvision
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -267,6 +269,25 @@ def first_five(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
+class ListedImages(DatasetFolder):
+    """The images of a data set of torchvision's that lists them, for one or more of its splits.
+
+    Args:
+        listed: torchvision's data sets, which all have the same classes.
+        root: their folder.
+        transform: applied to each image.
+    """
+
+    def __init__(self, listed: List[Any], root: str, transform: Callable) -> None:
+        VisionDataset.__init__(self, root, transform=transform)
+        self.classes, self.loader = list(listed[0].classes), pil_loader
+        # These names are torchvision's own, in all versions so far (0.12 to 0.29).
+        self.samples = [(str(path), int(label)) for each in listed for path, label in
+                        (each._samples if hasattr(each, "_samples")
+                         else zip(each._image_files, each._labels))]
+        self.targets = [label for _, label in self.samples]
+
+
 # The choices of --data-set
 
 
@@ -338,6 +359,26 @@ def _oxford(kind: Any, official: Tuple[int, int], *layout: str) -> DataSet:
                    official=official, download=kind.download, url=kind.url, md5=kind.md5)
 
 
+def _torchvision(name: str, train: Tuple[str, ...], layout: Tuple[str, ...], can_download: bool
+                 ) -> DataSet:
+    """A data set of torchvision's with official splits; `train` names those to train on."""
+    kind = getattr(torchvision.datasets, name, None)
+
+    def missing(root: str, split: str) -> List[str]:
+        if kind is None:
+            raise ValueError(f"{name} needs torchvision 0.12 or newer: this is "
+                             f"{torchvision.__version__}; update it")
+        return [os.path.join(root, pattern) for pattern in layout
+                if not any(Path(root).glob(pattern))]
+
+    def build(root: str, split: str, transform: Callable) -> Any:
+        parts = train if split == "train" else ("test",)
+        return ListedImages([kind(root, part) for part in parts], root, transform)
+
+    download = (lambda root: kind(root, "test", download=True)) if can_download else None
+    return DataSet(build, missing, layout, download=download, url=getattr(kind, "_URL", ""))
+
+
 def _split_folder(root: str, split: str) -> str:
     """The folder of a split. "val" is also called valid/, or test/ where there is neither."""
     names = ("val", "valid", "test") if split == "val" else (split,)
@@ -389,6 +430,18 @@ DATA_SETS = {
     "flowers": _oxford(Flowers, (2040, 6149), "jpg/image_*.jpg", "imagelabels.mat", "setid.mat"),
     "pets": _oxford(Pets, (3680, 3669), "images/*.jpg", "annotations/trainval.txt",
                     "annotations/test.txt"),
+    # For these, MoCo v3 has published no recipe and no figure.
+    "food101": _torchvision("Food101", ("train",), (
+        "food-101/meta/train.json", "food-101/meta/test.json", "food-101/images/*/*.jpg"), True),
+    "aircraft": _torchvision("FGVCAircraft", ("trainval",), tuple(
+        f"fgvc-aircraft-2013b/data/{name}" for name in (
+            "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt",
+            "images/*.jpg")), True),
+    "dtd": _torchvision("DTD", ("train", "val"), tuple(f"dtd/dtd/{name}" for name in (
+        "labels/train1.txt", "labels/val1.txt", "labels/test1.txt", "images/*/*.jpg")), True),
+    "cars": _torchvision("StanfordCars", ("train",), tuple(f"stanford_cars/{name}" for name in (
+        "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat",
+        "cars_train/*.jpg", "cars_test/*.jpg")), False),
     "imagenet": DataSet(
         functools.partial(_class_folders, is_image=has_usual_ending), _missing_folder,
         ("train/*/*",), "train/CLASS/*.JPEG and val/CLASS/*.JPEG",
@@ -427,4 +480,4 @@ def _download(row: DataSet, root: str, split: str) -> None:
             if os.path.isdir(root) and os.listdir(root) == [LOCK]:  # leave nothing behind
                 shutil.rmtree(root, ignore_errors=True)
             raise OSError(f"cannot download {row.url}: {error}; launch again, or first put "
-                          f"{', '.join(row.md5)} into {root} by hand") from error
+                          f"{', '.join(row.md5) or 'it'} into {root} by hand") from error

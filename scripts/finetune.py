@@ -147,13 +147,17 @@ def create_model(deit_main: ModuleType, args: Namespace, classes: int) -> Any:
 
 
 def create_optimizer(deit_main: ModuleType, args: Namespace, model: Any) -> None:
-    """Try to create DeiT's optimizer; timm raises various exceptions for an unknown name."""
+    """Try to create DeiT's optimizer. Raises UserError."""
     try:
-        deit_main.create_optimizer(args, model)
-    except Exception as error:
+        optimizer = deit_main.create_optimizer(args, model)
+    except Exception as error:  # timm raises almost anything
         raise errors.UserError(f"--opt {args.opt}: timm cannot create this optimizer: "
                                f"{errors.one_line(error)}; pass adamw, as the recipes do"
                                ) from error
+    if args.layer_decay is not None and not any("lr_scale" in group
+                                                for group in optimizer.param_groups):
+        raise errors.UserError(f"--layer-decay {args.layer_decay}: this timm ignores it: type "
+                               f"{sys.executable} -m pip install 'timm>=0.6'")
 
 
 def launch(deit_main: ModuleType, words: List[str]) -> int:

@@ -166,7 +166,8 @@ def differences(runs: List[LoggedRun]) -> List[str]:
     """What keeps runs from being compared: with published figures, or among seeds."""
     lines = []
     for run in runs:
-        if run.published and run.not_comparable:
+        if run.not_comparable and (run.published or run.has_facts and not run.held_out
+                                   and run.data_set != "folder"):
             lines.append(f"{run.name}: not compared, since {run.not_comparable}")
         if run.continues_another:
             lines.append(f"{run.name}: not counted among seeds, since it continues another run")

@@ -39,7 +39,9 @@ class Optimizer:
     """Stands in for the optimizer: ``Scaler`` steps and clears the gradients."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.param_groups = optimizer.param_groups  # DeiT logs the learning rate
+        # DeiT logs the rate of the first group: with --layer-decay, that of the last layer.
+        self.param_groups = sorted(optimizer.param_groups,
+                                   key=lambda group: -group.get("lr_scale", 1))
         self.is_second_order = getattr(optimizer, "is_second_order", False)
 
     def zero_grad(self) -> None:

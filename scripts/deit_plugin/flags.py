@@ -89,6 +89,7 @@ FLAGS = {
     # Optimizer and regularisation.
     "opt": Flag(agrees=STATE), "opt_betas": Flag(agrees=STATE), "opt_eps": Flag(agrees=STATE),
     "momentum": Flag(agrees=STATE), "weight_decay": Flag(LEARNT, 0, FINITE, STATE),
+    "layer_decay": Flag(LEARNT, 0.01, 1, STATE),
     "drop": Flag(LEARNT, 0, 1), "drop_path": Flag(LEARNT, 0, 1), "smoothing": Flag(LEARNT, 0, 1),
     "model_ema": Flag(agrees=STATE), "model_ema_decay": Flag(LEARNT, 0, 1, needs=("EMA",)),
     "model_ema_force_cpu": Flag(needs=("EMA",)),
@@ -166,6 +167,9 @@ def parser_for(main: ModuleType) -> Parser:
     ours.add_argument("--hold-out", type=float, default=0.0, metavar="SHARE",
                       help="evaluate on this share of the train images, such as 0.2, and train on "
                            "the others; test images are not used")
+    ours.add_argument("--layer-decay", type=float, metavar="RATE",
+                      help="multiply the learning rate by this, such as 0.75, for each layer below "
+                           "the last (timm 0.6 or newer)")
     ours.add_argument("--predictions", default="", metavar="FILE",
                       help="with --eval: write a CSV file with the prediction for each image")
     for name, text in (
@@ -285,7 +289,7 @@ def _names_in(parser: Parser, words: List[str]) -> Set[str]:
 def _out_of_range(args: Namespace) -> Iterator[str]:
     for name, value in vars(args).items():
         flag = about(name)
-        if flag.least is not None and not flag.least <= value <= flag.most:  # true for nan, too
+        if None not in (flag.least, value) and not flag.least <= value <= flag.most:  # nan, too
             limits = f"{flag.least} or more" if flag.most > 1 else f"{flag.least} to {flag.most}"
             yield f"{flag_of(name)} {value}: must be {limits}"
 

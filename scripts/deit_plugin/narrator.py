@@ -12,6 +12,7 @@ from datasets import left_out_in_words
 
 from .data import Data, count, evaluated_on, kind_of_accuracy
 from .data import describe as describe_data
+from .flags import ACCURACIES
 from .job import BATCH, STEPS, Job
 
 SECONDS_BETWEEN_LINES = 30
@@ -26,6 +27,8 @@ def describe(job: Job, data: Data) -> str:
     if job.published:
         lines.append("settings that differ from the published recipe: "
                      f"{', '.join(job.differs) or 'none'}")
+    elif args.data_set != "folder" and args.data_set not in ACCURACIES:
+        lines.append(f"no recipe was published for {args.data_set}")
     if job.changed is not None:
         lines.append(f"changed since {job.start.path}: {', '.join(job.changed) or 'nothing'}")
     return "\n  ".join([

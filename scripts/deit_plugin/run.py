@@ -200,8 +200,19 @@ class Run:
             write_predictions(self.args.predictions, predictions, self.data, self.args)
             print(f"predictions: {self.args.predictions}")
 
+    def _require_layer_decay(self, parts: Dict[str, Any]) -> None:
+        """Raise UserError if this commit of DeiT hides the layers from timm."""
+        wanted = self.deit.create_optimizer(self.args, parts["model"])
+        scales = [{id(weight): group.get("lr_scale") for group in optimizer.param_groups
+                   for weight in group["params"]} for optimizer in (parts["optimizer"], wanted)]
+        if scales[0] != scales[1]:
+            raise UserError(f"--layer-decay {self.args.layer_decay}: this commit of DeiT hands "
+                            "timm a wrapped model, whose layers it does not know: use a newer one")
+
     def _begin(self, parts: Dict[str, Any]) -> None:
         """Restore what exists only now, and begin to write to --output_dir."""
+        if self.args.layer_decay is not None:
+            self._require_layer_decay(parts)
         if self.start.epoch:  # no commit of DeiT restores all of this correctly
             try:
                 for name in ("optimizer", "model_ema", "scaler"):

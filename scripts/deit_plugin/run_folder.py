@@ -61,6 +61,9 @@ def start_from(path: str, continues: bool, state: Dict[str, Any], args: Namespac
     """
     is_of_run = "optimizer" in state and isinstance(state.get("epoch"), int)
     has_head = weights.has_head(state["model"])
+    if state.get("kept_head") and not args.eval:
+        raise UserError(f"{path} has the classifier that --keep-head kept, so it can only be "
+                        "evaluated: pass --eval, or convert it without --keep-head")
     if continues and not is_of_run:
         raise UserError(f"{path} is not the checkpoint of a run, but would be replaced by one: "
                         "move it, or pass another --output_dir")
