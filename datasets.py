@@ -4,7 +4,9 @@ import contextlib
 import functools
 import operator
 import os
+import re
 import shutil
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 import numpy
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
@@ -139,8 +141,28 @@ def read_image(loader: Callable, path: str) -> Any:
         raise OSError(f"{path} is a folder, a pipe or a device: replace it by an image")
     try:
         return loader(path)
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise OSError(f"{path} is too large ({int(pixels[0]) / 1e6:.0f} megapixels; Pillow opens "
+                      f"{most / 1e6:.0f} at most): scale it down") from error
     except Exception as error:  # Pillow's decoders raise almost anything
-        raise OSError(f"{path} is not readable as an image ({error!r}): replace it") from error
+        raise OSError(f"{path} is not readable as an image ({error!r}): replace it (fine-tuning "
+                      "with --check names all such images)") from error
+
+
+# EXIF's orientation: how to turn the image. Source: the standard's table of tag 274.
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply EXIF's orientation, whatever else is wrong with the metadata."""
+    try:
+        turn = TURNS.get(image.getexif().get(274))
+    except Exception:  # damaged metadata make Pillow raise almost anything
+        turn = None
+    return image.transpose(getattr(getattr(Image, "Transpose", Image), turn)) if turn else image
 
 
 def load_photo(path: str) -> Image.Image:
@@ -150,7 +172,7 @@ def load_photo(path: str) -> Image.Image:
     scaled to 8 bits, and an animation yields its first frame. Raises ValueError for other numbers.
     """
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+        image = _turn_upright(file)
         if image.mode.startswith(("I", "F")):
             image = _scale_to_8_bits(image)
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
@@ -173,13 +195,24 @@ def has_usual_ending(path: str) -> bool:
     return path.lower().endswith(IMG_EXTENSIONS)
 
 
+# Files beside a photo that Pillow can open, and that would be the same photo twice: raw files of
+# cameras with a preview, backups, working files, thumbnails, and halves of downloads.
+COPIES = (
+    "~", ".bak", ".backup", ".old", ".orig", ".tmp", ".temp", ".swp", ".part", ".partial",
+    ".crdownload", ".download", ".thm", ".psd", ".xcf", ".dng", ".nef", ".nrw", ".cr2", ".cr3",
+    ".crw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw", ".3fr", ".x3f",
+    ".erf", ".kdc", ".dcr", ".mos", ".mrw", ".iiq")
+
+
 def can_open(path: str) -> bool:
-    """Whether Pillow can open the file. A file with a usual ending is not looked at."""
+    """Whether Pillow can decode the file. A file with a usual ending is not looked at."""
     if has_usual_ending(path):
         return True
+    if path.lower().endswith(COPIES):
+        return False
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as image:  # for some formats it knows only the header, such as HDF5's
+            return not isinstance(image, ImageFile.StubImageFile)
     except Exception:  # Pillow's plug-ins raise almost anything
         return False
 
@@ -193,15 +226,24 @@ def list_images(folder: str, is_image: Callable) -> Tuple[List[str], Counter]:
 
     Hidden files and folders do not count. Symbolic links are followed; one that leads nowhere is
     taken for a file, which is named when it is read. Pipes, sockets and devices are left out: to
-    open one could take forever. Raises OSError for a folder that cannot be read.
+    open one could take forever; and links to a folder that they are in, since that has no end.
+    Raises OSError for a folder that cannot be read.
     """
-    folders, walked, images, left_out = [folder], [], [], Counter()
+    folders, walked, images, left_out = [(folder, ())], [], [], Counter()
     while folders:
-        where, files = folders.pop(), []
+        (where, came_from), files = folders.pop(), []
         with os.scandir(where) as found:  # tells pipes from files without a system call for each
             for entry in sorted(found, key=operator.attrgetter("name")):
                 if _is_visible(entry.name) and _is(entry.is_dir):
-                    folders.append(entry.path)
+                    inside = came_from  # real paths of the folders from which links were followed
+                    if entry.is_symlink():
+                        inside, target = (*came_from, os.path.realpath(where)), os.path.realpath(
+                            entry.path)
+                        if any(os.path.join(path, "").startswith(os.path.join(target, ""))
+                               for path in inside):
+                            left_out["link to a folder that it is in"] += 1
+                            continue
+                    folders.append((entry.path, inside))
                 elif _is_visible(entry.name):
                     files.append(entry)
         walked.append((where, files))
@@ -257,9 +299,19 @@ class ClassFolders(DatasetFolder):
             self.left_out += left_out
             empty += [] if images else [name]
         if empty:
-            raise ValueError(f"{folder}: no images of the classes {first_five(empty)}; add images, "
-                             "or remove these folders")
+            but = f" ({left_out_in_words(self.left_out)})" if self.left_out else ""
+            raise ValueError(f"{folder}: no images of the classes {first_five(empty)}{but}; add "
+                             "images, or remove these folders")
         self.targets = [label for _, label in self.samples]
+
+
+def telling_apart(names: List[str], among: List[str]) -> List[str]:
+    """The names; those that look like another one, such as with an accent of its own, as ASCII."""
+    def look(name: str) -> str:
+        return unicodedata.normalize("NFKC", name).strip().casefold()
+
+    looks = Counter(map(look, set(among)))
+    return [ascii(name) if looks[look(name)] > 1 else name for name in names]
 
 
 def first_five(names: Iterable[str]) -> str:
@@ -418,9 +470,10 @@ def _class_folders(root: str, split: str, transform: Callable, is_image: Callabl
         for path, names in ((folder, set(classes) - set(others)),
                             (train, set(others) - set(classes))):
             if names:
+                only = first_five(telling_apart(sorted(names), classes + others))
                 raise ValueError(f"{root}: both splits must have the same class folders; only "
-                                 f"{os.path.basename(path)}/ has {first_five(sorted(names))}; "
-                                 "rename or remove them, or add them to the other split")
+                                 f"{os.path.basename(path)}/ has {only}; rename or remove them, or "
+                                 "add them to the other split")
     return ClassFolders(folder, classes, is_image, transform)
 
 

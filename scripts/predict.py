@@ -42,7 +42,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         failed += len(errors_of_others)
         done += len(good) + len(errors_of_others)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not sys.stdout.isatty():  # or both would share lines
             end = "\r" if done < len(paths) else "\n"
             print(f"{done} of {len(paths)} images", end=end, file=sys.stderr, flush=True)
     sys.exit(1 if failed else 0)

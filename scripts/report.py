@@ -39,7 +39,12 @@ class LoggedRun:
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
         lines = map(parse, (folder / "log.txt").read_bytes().splitlines())
-        self.rows = [row for row in lines if type(row.get("epoch")) is int]
+        self.rows, self.repeated = [], False
+        for row in (row for row in lines if type(row.get("epoch")) is int):
+            # Plain DeiT appends: a run that goes on repeats epochs, and another run begins at 0.
+            kept = [earlier for earlier in self.rows if earlier["epoch"] < row["epoch"]]
+            self.repeated |= len(kept) < len(self.rows)
+            self.rows = [*kept, row]
         facts = folder / "run.json"
         about = parse(facts.read_bytes()) if facts.is_file() else {}
         self.has_facts = isinstance(about.get("settings"), dict)  # plain DeiT writes no run.json
@@ -162,16 +167,19 @@ def seed_groups(runs: List[LoggedRun]) -> List[str]:
     return [*lines, "± is the standard deviation over seeds (n - 1)."] if lines else []
 
 
-def differences(runs: List[LoggedRun]) -> List[str]:
+def notes_on(runs: List[LoggedRun]) -> List[str]:
     """What keeps runs from being compared: with published figures, or among seeds."""
-    lines = []
+    notes = {}
     for run in runs:
         if run.not_comparable and (run.published or run.has_facts and not run.held_out
                                    and run.data_set != "folder"):
-            lines.append(f"{run.name}: not compared, since {run.not_comparable}")
+            notes.setdefault(f"not compared, since {run.not_comparable}", []).append(run.name)
         if run.continues_another:
-            lines.append(f"{run.name}: not counted among seeds, since it continues another run")
-    return lines
+            notes.setdefault("not counted among seeds, since it continues another run", []
+                             ).append(run.name)
+        if run.repeated:
+            notes.setdefault("log.txt repeats epochs; what came last counts", []).append(run.name)
+    return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
 
 
 def draw(runs: List[LoggedRun], path: Path) -> None:
@@ -259,7 +267,7 @@ def main() -> None:
         sys.exit(f"error: cannot write {path}: it is a pipe or a device; pass the path of a file")
     if len(runs) > len(drawn):
         notes.append(f"the picture shows the first {len(drawn)} of {len(runs)} runs")
-    print(table(runs), NOTE, *seed_groups(runs), *differences(runs), *notes, sep="\n", flush=True)
+    print(table(runs), NOTE, *seed_groups(runs), *notes_on(runs), *notes, sep="\n", flush=True)
     try:
         draw(drawn, path)
     except (OSError, ValueError) as error:

@@ -35,4 +35,9 @@ errors.UserError. Importing this package puts the bundle's folder in front of sy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+_BUNDLE = Path(__file__).resolve().parent.parent.parent
+_other = getattr(sys.modules.get("datasets"), "__file__", None)
+if _other and Path(_other).resolve().parent != _BUNDLE:
+    raise ImportError(f"another module named datasets was imported before, {_other}: start a new "
+                      "Python for this bundle")
+sys.path.insert(0, str(_BUNDLE))

@@ -1,11 +1,13 @@
 """``--check``: after what every launch decides, every image, and one batch through the model."""
+import copy
 import hashlib
 import os
 from argparse import Namespace
 from multiprocessing.pool import ThreadPool
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import numpy
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import first_five
@@ -44,13 +46,14 @@ def check(found: Any) -> int:
     if found.decided and not args.eval:
         print(describe(found.decided, images))
     if images:
-        splits = {name: split for name, split in images._asdict().items() if split is not None}
         if found.model and not found.problems:
             ask("evaluation", evaluate_a_batch, found.model, images, args)
-        ask("images", decode, splits, args.num_workers)
+        looked_at = Images(images, args)
+        ask("images", looked_at.decode)
+        ask("brightness", looked_at.brightness)
         if images.train is not None:
             ask("classes", images_per_class, images)
-            ask("duplicates", duplicates, images, args)
+            ask("duplicates", looked_at.duplicates)
     print(f"not ready: {count(len(problems), 'problem')}" if problems else "ready")
     return REFUSED if problems else 0
 
@@ -69,33 +72,69 @@ def evaluate_a_batch(model: Any, images: Data, args: Namespace) -> str:
     return "a data worker hands over a batch, and the model classifies it"
 
 
-def decode(splits: Dict[str, Any], num_workers: int) -> str:
-    """Decode every image, in threads. Raises UserError with a list of the broken ones.
+class Images:
+    """All images of a launch, decoded once, in threads."""
 
-    This takes the transforms away from the splits, so it must come after what needs them.
-    """
-    items = []
-    for split in splits.values():
-        split.transform = None  # decoding is enough
-        items += [(split, index) for index in range(len(split))]
-    print(f"decoding {len(items)} images ...", flush=True)
-    with ThreadPool(max(1, num_workers)) as pool:
-        found = follow(pool.imap(_why_broken, items, chunksize=16), len(items), "image", 1, print)
-        broken = list(filter(None, found))
-    if broken:
-        heading = f"{len(broken)} of {len(items)} cannot be decoded; the first 20:"
-        raise UserError("\n           ".join([heading, *broken[:20]]))
-    return f"all {len(items)} can be decoded"
+    def __init__(self, images: Data, args: Namespace) -> None:
+        self.args, self.dark = args, []
+        self.splits = {name: copy.copy(split) for name, split in images._asdict().items()
+                       if split is not None}
+        for split in self.splits.values():
+            split.transform = None  # decoding is enough
+        self.paths = {name: {} for name in self.splits}  # by checksum of the pixels
 
+    def decode(self) -> str:
+        """Decode every image. Raises UserError with a list of the broken ones."""
+        items = [(name, index) for name, split in self.splits.items()
+                 for index in range(len(split))]
+        print(f"decoding {len(items)} images ...", flush=True)
+        with ThreadPool(max(1, self.args.num_workers)) as pool:
+            found = follow(pool.imap(self._look_at, items, chunksize=16), len(items), "image", 1,
+                           print)
+            broken = list(filter(None, found))
+        if broken:
+            heading = f"{len(broken)} of {len(items)} cannot be decoded; the first 20:"
+            raise UserError("\n           ".join([heading, *broken[:20]]))
+        return f"all {len(items)} can be decoded"
 
-def _why_broken(item: Any) -> Optional[str]:
-    """One line that names the file, or None. item: a data set and an index."""
-    dataset, index = item
-    try:
-        dataset[index]
-    except Exception as error:  # whatever it is, the image cannot be trained on
-        return one_line(error)
-    return None
+    def _look_at(self, item: Tuple[str, int]) -> Optional[str]:
+        """One line that names the file if it is broken, or None."""
+        name, index = item
+        split = self.splits[name]
+        try:
+            image, _ = split[index]
+            if hasattr(split, "samples"):
+                path, _ = split.samples[index]
+                pixels = hashlib.md5(repr(image.size).encode() + image.tobytes()).digest()
+                self.paths[name].setdefault(pixels, path)
+                with Image.open(path) as file:
+                    if file.mode.startswith("I") and numpy.asarray(file).max() < 2**14:
+                        self.dark.append(path)
+        except Exception as error:  # whatever it is, the image cannot be trained on
+            return one_line(error)
+        return None
+
+    def brightness(self) -> str:
+        """Describe which images of 16 bits have numbers of 14 bits or fewer, nearly black."""
+        if not self.dark:
+            return "no image of 16 bits is nearly black"
+        names = [os.path.relpath(path, self.args.data_path) for path in sorted(self.dark)]
+        return (f"warning: {count(len(names), 'image')} of 16 bits with numbers below {2**14}, as "
+                "from a camera of 12 bits, will be nearly black: convert to 8 bits first: "
+                f"{first_five(names)}")
+
+    def duplicates(self) -> str:
+        """Describe which images to evaluate on are also train images, with equal pixels."""
+        if not all(hasattr(split, "samples") for split in self.splits.values()):
+            return "not checked: this data set does not store one file per image"
+        train, test = self.paths["train"], self.paths["test"]
+        pairs = [" = ".join(os.path.relpath(paths[pixels], self.args.data_path)
+                            for paths in (test, train)) for pixels in test if pixels in train]
+        if not pairs:
+            return "no image to evaluate on is also a train image"
+        are = "is also a train image" if len(pairs) == 1 else "are also train images"
+        return (f"warning: {count(len(pairs), 'image')} to evaluate on {are}, which makes the "
+                f"accuracy too high: {first_five(pairs)}")
 
 
 def images_per_class(images: Data) -> str:
@@ -106,24 +145,3 @@ def images_per_class(images: Data) -> str:
     text = (f"class {images.classes[least]} has {numbers[least]} train images, class "
             f"{images.classes[most]} has {numbers[most]}")
     return f"warning: {text}; fewer than two: {first_five(few)}" if few else text
-
-
-def duplicates(images: Data, args: Namespace) -> str:
-    """Describe which images to evaluate on are also train images, with equal bytes."""
-    if not hasattr(images.test, "samples") or not hasattr(images.train, "samples"):
-        return "not checked: this data set does not store one file per image"
-    train, test = ([path for path, _ in split.samples] for split in (images.train, images.test))
-    common = set(map(os.path.getsize, train)) & set(map(os.path.getsize, test))
-    of_train = {_digest(path): path for path in train if os.path.getsize(path) in common}
-    pairs = [f"{os.path.relpath(path, args.data_path)} = "
-             f"{os.path.relpath(of_train[_digest(path)], args.data_path)}" for path in test
-             if os.path.getsize(path) in common and _digest(path) in of_train]
-    if pairs:
-        return (f"warning: {count(len(pairs), 'image')} to evaluate on are also train images, "
-                f"which makes the accuracy too high: {first_five(pairs)}")
-    return "no image to evaluate on is also a train image"
-
-
-def _digest(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.md5(file.read()).digest()

@@ -111,7 +111,7 @@ def write_predictions(path: str, predictions: List[Tuple[int, float]], data: Dat
                       ) -> None:
     """Write a CSV file with a row for each test image, complete or not at all."""
     with convert_to_deit.atomic_write(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(COLUMNS)
         for name, label, (predicted, probability) in zip(

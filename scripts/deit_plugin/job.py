@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
-from datasets import DATA_SETS, first_five
+from datasets import DATA_SETS, first_five, telling_apart
 
 from . import flags
 from .data import TEST_DATA, TEST_IMAGES, TRAIN_DATA, TRAIN_IMAGES, Data, checksum
@@ -177,6 +177,6 @@ def _in_words(name: str, value: Any) -> str:
 
 def unequal(own: List[str], others: List[str], here: str, there: str) -> str:
     """What differs between two lists of class names."""
-    parts = [f"only {where}: {first_five(names)}" for where, names in (
+    parts = [f"only {where}: {first_five(telling_apart(names, own + others))}" for where, names in (
         (here, sorted(set(own) - set(others))), (there, sorted(set(others) - set(own)))) if names]
     return "; ".join(parts) or "the same names in another order"

@@ -86,7 +86,7 @@ def require_gpus(device: str, machines: Machines, is_check: bool) -> str:
     if found < needed:
         advice = f"set NPROC_PER_NODE={found}, or " if found else ""
         raise UserError(f"NPROC_PER_NODE={needed}, but torch can use {found} GPUs of this machine: "
-                        f"{advice}pass --device cpu for a smoke test")
+                        f"{advice}pass --device cpu, which is slow")
     return f"{found} found, {needed} needed"
 
 

@@ -158,6 +158,8 @@ def require_agreement(job: Job, state: Dict[str, Any]) -> None:
                 start.parent is None or given["path"] != first["path"]):
             different.append(f"--resume {args.resume} with checksum {given['crc32']} (there: "
                              f"{first['path']}, {first['crc32']})")
+    if start.continues and len(different) == 1 and args.epochs > before.get("epochs", args.epochs):
+        advice = f"to train on, pass --resume {start.path} and another --output_dir"
     if different:
         raise UserError(f"{start.path} comes from a run with other settings: "
                         f"{', '.join(different)}; {advice}")

@@ -1,0 +1,165 @@
+"""What people's own folders of photos contain, and what becomes of it."""
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+from argparse import Namespace
+
+import numpy
+import pytest
+from PIL import Image, ImageOps
+
+import datasets
+from conftest import error_of, train
+from deit_plugin import check, job
+from deit_plugin.data import Data
+from deit_plugin.errors import UserError
+from launches import ROOT, SCRIPTS, fork
+
+
+def folders(root):
+    args = Namespace(data_set="folder", data_path=str(root), input_size=32, reprob=0.0,
+                     num_workers=1)
+    return Data(*(datasets.build_dataset(is_train, args)[0] for is_train in (True, False))), args
+
+
+@pytest.fixture
+def own(data, tmp_path):
+    return shutil.copytree(data / "folder", tmp_path / "own")
+
+
+def test_a_folder_that_contains_itself_is_entered_once(own):
+    """Also over another folder, and a link to the folder above."""
+    before = len(folders(own)[0].train)
+    store = own.parent / "store"
+    (own / "train" / "ant").rename(store)
+    (own / "train" / "ant").symlink_to(store)
+    (store / "ant").symlink_to(store)  # the same `ln -s` typed twice
+    (store / "up").symlink_to("..")
+    other = own.parent / "other"
+    other.mkdir()
+    (other / "back").symlink_to(store)
+    shutil.copy(next(store.glob("*.png")), other / "new.png")
+    (store / "over").symlink_to(other)
+    images, left_out = datasets.list_images(str(own / "train" / "ant"), datasets.can_open)
+    assert len(images) == len(list(store.glob("*.png"))) + 1  # new.png, once
+    assert left_out == {"link to a folder that it is in": 3}
+    (store / "over").unlink()
+    assert len(folders(own)[0].train) == before
+
+
+def test_copies_beside_photos_and_what_pillow_only_recognises_are_left_out(own):
+    ant, photo = own / "train" / "ant", next((own / "train" / "ant").glob("*.png"))
+    before = len(folders(own)[0].train)
+    names = ["a.png~", "a.bak", "a.NEF", "a.dng", "a.THM", "a.psd", "a.jpg.part", "a.crdownload"]
+    for name in names:
+        shutil.copy(photo, ant / name)
+    (ant / "features.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    (ant / "a.grib").write_bytes(b"GRIB" + bytes(3) + b"\x01" + bytes(100))
+    shutil.copy(photo, ant / "no_ending")
+    split = folders(own)[0].train
+    assert len(split) == before + 1 and sum(split.left_out.values()) == len(names) + 2
+    (own / "val" / "ant" / "only.heic").write_bytes(b"\x00" * 50)
+    for path in (own / "val" / "ant").glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"1 \.heic"):
+        folders(own)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8, 0, 9])
+def test_orientation_is_applied_whatever_else_exif_says(orientation, tmp_path):
+    rng, path = numpy.random.RandomState(0), tmp_path / "a.png"
+    image = Image.fromarray(rng.randint(0, 256, (5, 7, 3)).astype("uint8"))
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(str(path), exif=exif)
+    with Image.open(str(path)) as file:
+        expected = ImageOps.exif_transpose(file).convert("RGB").tobytes()
+    assert datasets.load_photo(str(path)).tobytes() == expected
+
+
+def test_a_wrong_tag_refuses_no_photo(tmp_path, monkeypatch):
+    """As a resolution that is text: Pillow cannot write it again, which exif_transpose wants."""
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (4, 2)).save(str(path), exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", None)
+    assert datasets.load_photo(str(path)).size == (2, 4)
+    monkeypatch.setattr(Image.Exif, "get", None)
+    assert datasets.load_photo(str(path)).size == (4, 2)
+
+
+def test_a_photo_that_is_too_large_says_so(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.png")
+    Image.new("L", (3000, 2000)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000000)
+    with pytest.raises(OSError, match=r"a\.png is too large \(6 megapixels.* scale it down"):
+        datasets.read_image(datasets.load_photo, path)
+
+
+def test_check_compares_pixels_and_names_dark_photos(own):
+    photo = next((own / "train" / "ant").glob("*.png"))
+    with Image.open(str(photo)) as image:
+        image.save(str(own / "val" / "bee" / "twin.png"), compress_level=1, dpi=(72, 72))
+    pixels = numpy.random.RandomState(0).randint(0, 4096, (6, 6)).astype("uint16")
+    Image.fromarray(pixels).save(str(own / "train" / "cow" / "dark.png"))
+    Image.fromarray(pixels * 16).save(str(own / "train" / "cow" / "bright.png"))
+    images = check.Images(*folders(own))
+    assert images.decode() == "all 52 can be decoded"
+    assert f"1 image to evaluate on is also a train image, which makes the accuracy too high: " \
+           f"val/bee/twin.png = train/ant/{photo.name}" in images.duplicates()
+    assert images.brightness().startswith("warning: 1 image") and "dark.png" in images.brightness()
+    os.remove(str(own / "train" / "cow" / "dark.png"))
+    assert "not" not in check.Images(*folders(own)).brightness().partition("no image")[0]
+    (own / "val" / "bee" / "twin.png").write_bytes(photo.read_bytes()[:50])
+    with pytest.raises(UserError, match="1 of 51 cannot be decoded"):
+        check.Images(*folders(own)).decode()
+
+
+def test_names_that_look_the_same_look_different_in_messages(own):
+    names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    text = job.unequal(["bee", names[0]], ["bee", names[1]], "here", "there")
+    assert text == "only here: 'caf\\xe9'; only there: 'cafe\\u0301'"
+    assert job.unequal(["ant"], ["ant "], "here", "there") == "only here: 'ant'; only there: 'ant '"
+    assert job.unequal(["ant"], ["ape"], "here", "there") == "only here: ant; only there: ape"
+    (own / "val" / "ant").rename(own / "val" / "ant ")
+    with pytest.raises(ValueError, match="only val/ has 'ant '"):
+        folders(own)
+
+
+def test_a_broken_photo_ends_a_run_with_a_word_about_check(own, flags):
+    next((own / "train" / "cow").glob("*.png")).write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = fork("pets", *flags, "--data-set", "folder", "--data-path", own)
+    assert "--check" in error_of(done, status=1)
+
+
+def test_more_epochs_for_a_finished_run_say_how(flags, tmp_path):
+    own = tmp_path / "run" / "checkpoint.pth"
+    train("pets", *flags, "--epochs", "1")
+    line = error_of(fork("pets", *flags, "--epochs", "3"))
+    assert f"--resume {own}" in line and "another --output_dir" in line
+
+
+def test_a_module_of_the_same_name_that_was_imported_before_is_named(tmp_path):
+    """As Hugging Face's datasets in a notebook; that one still works afterwards."""
+    (tmp_path / "datasets.py").write_text("name = 'theirs'")
+    code = (f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import datasets\n"
+            f"sys.path.insert(0, {str(SCRIPTS)!r}); before = list(sys.path)\n"
+            "try:\n    from deit_plugin.weights import finished\n"
+            "except ImportError as error:\n    print(error)\n"
+            "assert sys.path == before and datasets.name == 'theirs'; import datasets\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "datasets.py") in done.stdout and "new Python" in done.stdout
+
+
+@pytest.mark.parametrize("words", [
+    ["scripts/predict.py", "--help"], ["convert_to_deit.py", "--help"], ["scripts/features.py",
+                                                                         "--help"]])
+def test_warnings_as_errors_make_no_noise(words):
+    done = subprocess.run([sys.executable, "-W", "error", ROOT / words[0], *words[1:]],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
