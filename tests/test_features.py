@@ -1,5 +1,6 @@
 """Frozen features, a kept classifier, layer decay, and the data sets without a recipe."""
 import csv
+import functools
 import json
 import shutil
 from argparse import Namespace
@@ -36,7 +37,8 @@ def tiny(tmp_path_factory):
     state["pos_embed"] = generate.sin_cos_table(192, 3)
     torch.save({"model": state}, path)
     model = timm.models.vision_transformer.VisionTransformer(
-        img_size=48, embed_dim=192, depth=12, num_heads=3, num_classes=0, qkv_bias=True)
+        img_size=48, embed_dim=192, depth=12, num_heads=3, num_classes=0, qkv_bias=True,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
     model.load_state_dict(state)
     return path, model.eval()
 
@@ -154,7 +156,8 @@ def test_a_kept_classifier_predicts_what_timm_s_model_predicts(probe, data, tmp_
     state = saved(converted)["model"]
     model = timm.models.vision_transformer.VisionTransformer(
         embed_dim=WIDTH, depth=len({name.split(".")[1] for name in state if "blocks" in name}),
-        num_heads=2 if WIDTH == 64 else 3, num_classes=3, qkv_bias=True)
+        num_heads=2 if WIDTH == 64 else 3, num_classes=3, qkv_bias=True,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
     model.load_state_dict(state)
     images = torchvision.datasets.ImageFolder(str(data / "folder" / "val"), transforms.Compose([
         transforms.Resize(256), transforms.CenterCrop(224), *published.NORMALISED]))

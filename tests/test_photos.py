@@ -1,4 +1,5 @@
 """What people's own folders of photos contain, and what becomes of it."""
+import csv
 import os
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ from argparse import Namespace
 
 import numpy
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 import datasets
+import generate
 from conftest import error_of, train
-from deit_plugin import check, job
+from deit_plugin import check, evaluation, job
 from deit_plugin.data import Data
 from deit_plugin.errors import UserError
 from launches import ROOT, SCRIPTS, fork
@@ -163,3 +166,38 @@ def test_warnings_as_errors_make_no_noise(words):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+
+
+def test_odd_names_are_written_in_one_way_that_reads_back(tmp_path):
+    """By --predictions as by predict.py, whose standard output has the same error handler."""
+    names = [os.fsdecode(b"n\xff.png"), "café, noir.png", 'a "b".png']
+    images = Namespace(samples=[(os.path.join(tmp_path, name), 0) for name in names],
+                       targets=[0] * 3, classes=["a,b"])
+    args = Namespace(data_path=str(tmp_path))
+    evaluation.write_predictions(str(tmp_path / "a.csv"), [(0, 0.5)] * 3, Data(None, images), args)
+    with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["n\\udcff.png", *names[1:]]
+    assert {row["predicted"] for row in rows} == {"a,b"}
+    code = (f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); from deit_plugin import errors\n"
+            f"errors.guard(lambda: print({names[0]!r}))")
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert done.stdout == b"n\\udcff.png\n"
+
+
+def test_progress_shares_no_terminal_with_rows(data, tmp_path):
+    state = generate.encoder_state(192, 12)
+    state.update({"head.weight": torch.ones(2, 192), "head.bias": torch.zeros(2)})
+    state["pos_embed"] = generate.sin_cos_table(192, 2)
+    settings = {"model": "deit_tiny_patch16_224", "input_size": 32, "data_set": "folder"}
+    torch.save({"model": state, "settings": settings, "classes": ["a", "b"]}, tmp_path / "a.pth")
+    words = [sys.executable, SCRIPTS / "predict.py", "--resume", tmp_path / "a.pth",
+             "--num_workers", "0", data / "folder" / "val" / "ant"]
+    for shares, expected in ((True, 0), (False, 1)):
+        ours, its = os.openpty()
+        out = its if shares else open(tmp_path / "rows.csv", "w")  # noqa: SIM115
+        subprocess.run(words, stdout=out, stderr=its, check=True, timeout=120)
+        os.close(its)
+        shown = os.read(ours, 10000) if shares or expected else b""
+        assert shown.count(b"2 of 2 images") == expected
+        os.close(ours)

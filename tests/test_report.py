@@ -102,6 +102,24 @@ def test_a_log_alone_as_plain_deit_leaves_it(facts, tmp_path):
     assert row_of(report("one", cwd=tmp_path), "one") == row.split()
 
 
+def test_a_log_that_two_runs_appended_to_is_the_last_one(tmp_path):
+    """As plain DeiT does; where a run goes on, it repeats epochs, and the later ones count."""
+    first = "".join(epoch_line(epoch, 99.0) for epoch in range(3))
+    make_run(tmp_path / "one", first + epoch_line(0, 50.0) + epoch_line(1, 60.0))
+    make_run(tmp_path / "two", first + epoch_line(2, 70.0) + epoch_line(3, 80.0))
+    done = report(".", cwd=tmp_path)
+    assert row_of(done, "one")[:6] == ["pets", "2", "of", "4", "60.00", "60.00"]
+    assert row_of(done, "two")[:6] == ["pets", "4", "of", "4", "99.00", "80.00"]
+    assert "one, two: log.txt repeats epochs" in done.stdout
+
+
+def test_the_table_on_a_terminal_without_unicode(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / f"é{seed}", seed=seed)
+    done = report(".", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "2 seeds" in done.stdout, done.stderr
+
+
 def test_seeds_are_a_group_and_what_varies_are_columns(tmp_path):
     lasts = [89.5, 91.0, 88.25]
     for seed, last in enumerate(lasts):

@@ -178,6 +178,9 @@ def _known_cause(error: Exception) -> Optional[str]:
 
 def _fail(text: str, status: int) -> None:
     """Print the text, unless another process of this machine has failed before, and exit."""
+    with contextlib.suppress(ValueError):  # not in this thread
+        # torch's handler would raise another error here, about a data worker that was killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if FIRST_FAILURE in os.environ:
         try:
             open(os.environ[FIRST_FAILURE], "x").close()
