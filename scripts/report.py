@@ -209,7 +209,8 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
                 if data_set in (None, run.data_set):
                     panel.plot(epochs, values, color=f"C{position}", label=label_of(run),
                                marker="." if len(epochs) <= 25 else "")
-            kind = "Held-out" if all(run.held_out for run in runs) else "Test"
+            kinds = sorted({run.held_out for run in runs if data_set in (None, run.data_set)})
+            kind = " and ".join(("Test", "Held-out")[held_out] for held_out in kinds)
             panel.set(title=PANELS.get(key, escape(f"{kind} accuracy on {data_set}, %")),
                       xlabel="epoch")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -231,7 +232,8 @@ def draw(runs: List[LoggedRun], path: Path) -> None:
 
 def label_of(run: LoggedRun) -> str:
     """The run in the legend."""
-    return escape(f"{run.name[-60:]}: best {number(run.best)} %")
+    held_out = ", held-out" * run.held_out
+    return escape(f"{run.name[-60:]}{held_out}: best {number(run.best)} %")
 
 
 def escape(text: str) -> str:
