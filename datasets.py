@@ -24,6 +24,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder, pil_loade
 from torchvision.datasets.utils import calculate_md5, check_md5
 from torchvision.datasets.vision import VisionDataset
 
+with contextlib.suppress(ImportError):  # photos of iPhones, where this package is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 from oxford_flowers_dataset import Flowers
 from oxford_pets_dataset import Pets
 
@@ -268,7 +273,9 @@ def _is(question: Callable[[], bool]) -> bool:
 def left_out_in_words(left_out: Counter) -> str:
     """How many files are left out, by ending."""
     endings = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(5))
-    return f"files left out, since they are not usable as images: {endings}"
+    has_heic = {".heic", ".heif"} & {ending.lower() for ending in left_out}
+    advice = "; convert HEIC to JPEG, or type pip install pillow-heif" if has_heic else ""
+    return f"files left out, since they are not usable as images: {endings}{advice}"
 
 
 def _is_visible(name: str) -> bool:

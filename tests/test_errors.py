@@ -52,6 +52,7 @@ def parse(words, processes=1):
     ("--eval --test-split --hold-out 0.2", "leave one out"),
     ("--aa rand", "--aa has no effect on --data-set pets"), ("--color-jitter 0.4", "jitter has no"),
     ("--train-interpolation random", "interpolation has"), ("--eval-crop-ratio 1", "ratio has no"),
+    ("--data-set imagenet --color-jitter 0.4", "with --aa"),
     ("--resplit", "--resplit has no effect"), ("--inat-category x", "category has no effect"),
     ("--dist-eval", "eval has no"), ("--src", "--src has no effect without --ThreeAugment"),
     ("--mixup 0 --mixup-mode elem", "no effect without --mixup"),

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 import datasets
 import generate
-from conftest import error_of, train
-from deit_plugin import check, evaluation, job
+from conftest import error_of, saved, train
+from deit_plugin import check, evaluation, job, provenance, weights
 from deit_plugin.data import Data
 from deit_plugin.errors import UserError
 from launches import ROOT, SCRIPTS, fork
@@ -66,7 +66,7 @@ def test_copies_beside_photos_and_what_pillow_only_recognises_are_left_out(own):
     (own / "val" / "ant" / "only.heic").write_bytes(b"\x00" * 50)
     for path in (own / "val" / "ant").glob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"1 \.heic"):
+    with pytest.raises(ValueError, match=r"1 \.heic; convert HEIC to JPEG, or .* pillow-heif"):
         folders(own)
 
 
@@ -201,3 +201,53 @@ def test_progress_shares_no_terminal_with_rows(data, tmp_path):
         shown = os.read(ours, 10000) if shares or expected else b""
         assert shown.count(b"2 of 2 images") == expected
         os.close(ours)
+
+
+def test_training_on_all_photos(own, flags, tmp_path):
+    """Without val/, both ways to train are named; one of them evaluates nothing."""
+    shutil.rmtree(own / "val")
+    (own / "train" / "ant" / "notes.txt").write_text("none")
+    flags += ["--data-set", "folder", "--data-path", own, "--epochs", "2"]
+    line = error_of(fork("pets", *flags))
+    assert "--hold-out 0.2" in line and "--eval-freq 0" in line
+    held = train("pets", *flags, "--hold-out", "0.2", "--output_dir", tmp_path / "held").stdout
+    assert "images: 1 .txt" in held  # counted once, though both parts come from train/
+    assert "leave one out" in error_of(fork("pets", *flags, "--hold-out", "0.2", "--eval-freq",
+                                            "0"))
+    checked = train("pets", *flags, "--eval-freq", "0", "--check").stdout
+    assert checked.endswith("ready\n") and "all 43 can be decoded" in checked
+    said = train("pets", *flags, "--eval-freq", "0").stdout
+    assert "43 train images, 3 classes" in said and "accuracy" not in said.partition("Epoch")[2]
+    assert "No evaluation" in said and "best_checkpoint" not in said
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pth")) == ["checkpoint.pth"]
+    state = saved(tmp_path / "run" / "checkpoint.pth")
+    assert state["best"] is None and len(state["rows"]) == 2
+    assert "nothing left" in train("pets", *flags, "--eval-freq", "0").stdout
+
+
+@pytest.mark.parametrize("reprob, more", [("0.25", "random erasing acts here"), ("0", "")])
+def test_flowers_with_and_without_random_erasing_is_the_recipe(reprob, more, data, flags):
+    flags += ["--data-path", data / "flowers", "--reprob", reprob]
+    said = train("flowers", *flags, "--check").stdout
+    assert "--reprob" not in said.partition("differ from")[2].splitlines()[0] and more in said
+
+
+def test_a_model_of_prepared_images_sees_photos_upright(tmp_path):
+    """As from a phone, by predict.py and README's example, with a model of Pets."""
+    state = generate.encoder_state(192, 12)
+    state.update({"head.weight": torch.ones(2, 192), "head.bias": torch.zeros(2)})
+    state["pos_embed"] = generate.sin_cos_table(192, 2)
+    settings = {"model": "deit_tiny_patch16_224", "input_size": 32, "data_set": "pets"}
+    torch.save({"model": state, "settings": settings, "classes": ["a", "b"]}, tmp_path / "a.pth")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGBA", (4, 2)).save(str(tmp_path / "a.png"), exif=exif)
+    image = weights.finished(str(tmp_path / "a.pth")).loader(str(tmp_path / "a.png"))
+    assert image.size == (2, 4) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_what_ran_is_known_without_git():
+    facts = provenance.of_launch("scripts/pets.sh")
+    assert len(facts["bundle"]["crc32"]) == 8 and facts["bundle"]["crc32"] == provenance.of_bundle()
+    assert any(package.startswith("torch==") for package in facts["packages"])
+    assert {"CUDA", "cuDNN", "timm"} <= facts["versions"].keys()

@@ -67,7 +67,7 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
     assert launch["versions"]["torch"] == torch.__version__ and launch["processes"] == 2
     assert launch["started"] <= launch["ended"] and str(checkpoint) in launch["command"]
     assert facts["origin"]["path"] == str(checkpoint) and len(launch["machines"]) == 1
-    assert set(launch["bundle"]) == {"folder", "commit", "modified"}
+    assert set(launch["bundle"]) == {"folder", "commit", "modified", "crc32"}
 
 
 def score_50_80_60():

@@ -46,13 +46,14 @@ def check(found: Any) -> int:
     if found.decided and not args.eval:
         print(describe(found.decided, images))
     if images:
-        if found.model and not found.problems:
+        if found.model and images.test and not found.problems:
             ask("evaluation", evaluate_a_batch, found.model, images, args)
         looked_at = Images(images, args)
         ask("images", looked_at.decode)
         ask("brightness", looked_at.brightness)
         if images.train is not None:
             ask("classes", images_per_class, images)
+        if images.train is not None and images.test is not None:
             ask("duplicates", looked_at.duplicates)
     print(f"not ready: {count(len(problems), 'problem')}" if problems else "ready")
     return REFUSED if problems else 0

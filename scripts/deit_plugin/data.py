@@ -25,12 +25,14 @@ class Data(NamedTuple):
     """The images of a run."""
 
     train: Optional[Any]  # None under --eval
-    test: Any  # to evaluate on: test images, or with --hold-out a part of the train images
+    # To evaluate on: test images, or with --hold-out a part of the train images. None with
+    # --eval-freq 0.
+    test: Optional[Any]
 
     @property
     def classes(self) -> List[str]:
         """Names of the classes, by label."""
-        return self.test.classes
+        return (self.test or self.train).classes
 
 
 def must_download(args: Namespace) -> bool:
@@ -53,7 +55,9 @@ def download(args: Namespace) -> None:
 
 def _splits(args: Namespace) -> Tuple[bool, ...]:
     """Which images a run needs: True for those of the train split, False for the others."""
-    return (True,) if args.hold_out else (False,) if args.eval else (True, False)
+    if args.eval:
+        return (bool(args.hold_out),)
+    return (True,) if args.hold_out or not args.eval_freq else (True, False)
 
 
 def load(args: Namespace) -> Data:
@@ -62,8 +66,8 @@ def load(args: Namespace) -> Data:
     if args.hold_out:
         train, test = split(_load_split(True, args), args.hold_out, build_transform(False, args))
     else:
-        train = None if args.eval else _load_split(True, args)
-        test = _load_split(False, args)
+        needed = {is_train: _load_split(is_train, args) for is_train in _splits(args)}
+        train, test = needed.get(True), needed.get(False)
     return Data(None if args.eval else train, test)
 
 
@@ -98,6 +102,9 @@ def _load_split(is_train: bool, args: Namespace) -> Any:
         root = Path(args.data_path).resolve()
         missing = row.missing(str(root), split_of(is_train, args))
         advice = where_else(row, root, missing[0]) if missing else ""
+        if missing and not is_train and args.data_set == "folder" and (root / "train").is_dir():
+            advice = ("pass --hold-out 0.2 to evaluate on a part of train/, or --eval-freq 0 to "
+                      "train on all of it and evaluate nothing")
         if missing and not advice and not row.downloads(args) and args.eval and args.hold_out:
             advice = (f"--hold-out {args.hold_out}, as in the checkpoint's run, evaluates on train "
                       "images: pass --hold-out 0 to evaluate on test images")
@@ -213,12 +220,16 @@ def kind_of_accuracy(args: Namespace) -> str:
 def describe(data: Data, args: Namespace) -> str:
     """The numbers of images and classes, in words."""
     kind = "held-out" if args.hold_out else "test"
+    if data.test is None:
+        return f"{len(data.train)} train images, {count(len(data.classes), 'class')}"
     text = f"{len(data.test)} {kind} images, {count(len(data.classes), 'class')}"
     return text if data.train is None else f"{len(data.train)} train and {text}"
 
 
 def evaluated_on(data: Data, args: Namespace) -> str:
     """The images to evaluate on, in words."""
+    if data.test is None:
+        return "nothing"
     text = count(len(data.test), "held-out image" if args.hold_out else "image")
     if isinstance(data.test, ClassFolders):
         text += f" of {data.test.root}"

@@ -52,6 +52,7 @@ NEEDS = {
     "noise": (lambda args: args.lr_noise, "without --lr-noise"),
     "erasing": (lambda args: args.reprob > 0, "with --reprob 0"),
     "ThreeAugment": (_has_three_augment, "without --ThreeAugment"),
+    "no aa": (lambda args: not args.aa or "3a" in args.aa or _has_three_augment(args), "with --aa"),
     "no ThreeAugment": (lambda args: not _has_three_augment(args), "with --ThreeAugment"),
     "another bundle": (lambda args: False, "in this bundle"),
     "data set": (),  # that reads it: see without_effect
@@ -100,7 +101,7 @@ FLAGS = {
     "mixup_mode": Flag(needs=("mixing",)),
     "aa": Flag(needs=("data set", "no ThreeAugment")),
     "train_interpolation": Flag(needs=("data set", "no ThreeAugment")),
-    "color_jitter": Flag(needs=("data set",)),
+    "color_jitter": Flag(needs=("data set", "no aa")),
     "reprob": Flag(LEARNT, 0, 1, needs=("no ThreeAugment",)),
     "remode": Flag(needs=("no ThreeAugment", "erasing")),
     "recount": Flag(needs=("no ThreeAugment", "erasing")),
@@ -112,7 +113,7 @@ FLAGS = {
     # What a launch does, and where.
     "eval": Flag(SHARED), "device": Flag(SHARED), "download": Flag(SHARED),
     "overwrite": Flag(SHARED), "start_epoch": Flag(SHARED),
-    "eval_freq": Flag(SHARED, 1), "save_freq": Flag(SHARED, 1),
+    "eval_freq": Flag(SHARED, 0), "save_freq": Flag(SHARED, 1),
     "num_workers": Flag(LOCAL, 0), "pin_mem": Flag(LOCAL), "dist_url": Flag(LOCAL),
     "resume": Flag(LOCAL), "data_path": Flag(LOCAL), "output_dir": Flag(LOCAL),
     "predictions": Flag(LOCAL), "trust": Flag(LOCAL), "verbose": Flag(LOCAL),
@@ -160,7 +161,8 @@ def parser_for(main: ModuleType) -> Parser:
     ours = parser.add_argument_group("added by this bundle")
     for name, text in (
             ("--accum-iter", "accumulate N batches per process for one optimizer step"),
-            ("--eval-freq", "evaluate every N epochs and after the last"),
+            ("--eval-freq", "evaluate every N epochs and after the last; with 0 never, to train on "
+                            "all images in the end"),
             ("--save-freq", "write checkpoint.pth every N epochs, after the last, and whenever the "
                             "accuracy is the best so far")):
         ours.add_argument(name, type=int, default=1, metavar="N", help=text + " (default: 1)")
@@ -321,6 +323,8 @@ def _combinations(args: Namespace) -> Iterator[Tuple[bool, str]]:
         "test images")
     yield args.test_split and args.hold_out > 0, (
         "--test-split: evaluates on test/, but --hold-out on train images: leave one out")
+    yield args.eval_freq == 0 and args.hold_out > 0, (
+        "--eval-freq 0: evaluates nothing, but --hold-out keeps images for it: leave one out")
     yield args.resume.startswith(("http:", "https:")), (
         f"--resume {args.resume}: download it first, with wget, and pass the file")
     yield args.input_size == 224 != size, (

@@ -48,8 +48,13 @@ class Job(NamedTuple):
     @property
     def differs(self) -> Optional[List[str]]:
         """The settings that differ from the published recipe, in words; None if there is none."""
-        return None if self.published is None else differing(self.settings, self.published,
-                                                             "published")
+        if self.published is None:
+            return None
+        published = dict(self.published)
+        if self.args.data_set == "flowers" and self.settings.get("reprob") == 0:
+            # MoCo v3's code ignores the flag, so its figure was most likely reached without it.
+            del published["reprob"]
+        return differing(self.settings, published, "published")
 
     @property
     def published_accuracy(self) -> Optional[float]:
@@ -111,8 +116,10 @@ def shared(job: Job) -> Dict[str, Any]:
 
 def settings_of(args: Namespace, data: Data) -> Dict[str, Any]:
     """The settings of a run. Raises UserError if the images do not fill one optimizer step."""
-    settings = {**_learnt(args), TEST_IMAGES: len(data.test),
-                TEST_DATA: checksum(data.test, args.data_path)}
+    settings = _learnt(args)
+    if data.test is not None:
+        settings.update({TEST_IMAGES: len(data.test),
+                         TEST_DATA: checksum(data.test, args.data_path)})
     if data.train is not None:
         settings.update({TRAIN_IMAGES: len(data.train), STEPS: _steps(len(data.train), args),
                          TRAIN_DATA: checksum(data.train, args.data_path)})

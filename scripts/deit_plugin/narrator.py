@@ -21,12 +21,16 @@ SECONDS_BETWEEN_LINES = 30
 def describe(job: Job, data: Data) -> str:
     """What is trained from what and how, in lines."""
     args, lines = job.args, []
-    left_out = sum((getattr(split, "left_out", Counter()) for split in data), Counter())
+    splits = data[:1] if args.hold_out else data  # whose two parts come from the same folders
+    left_out = sum((getattr(split, "left_out", Counter()) for split in splits), Counter())
     if left_out:
         lines.append(left_out_in_words(left_out))
     if job.published:
         lines.append("settings that differ from the published recipe: "
                      f"{', '.join(job.differs) or 'none'}")
+        if args.data_set in ("cifar10", "cifar100", "flowers", "pets") and args.reprob > 0:
+            lines.append("random erasing acts here; MoCo v3's code ignores --reprob, so --reprob 0 "
+                         "is as published, too")
     elif args.data_set != "folder" and args.data_set not in ACCURACIES:
         lines.append(f"no recipe was published for {args.data_set}")
     if job.changed is not None:
@@ -37,7 +41,8 @@ def describe(job: Job, data: Data) -> str:
         *([f"output: {args.output_dir}"] if args.output_dir else []),  # --check needs none
         f"effective batch size: {_describe_batch(job)}",
         f"learning rate: {_describe_rate(job)}",
-        f"evaluation on {evaluated_on(data, args)} every {count(args.eval_freq, 'epoch')}, "
+        f"evaluation on {evaluated_on(data, args)}"
+        + f" every {count(args.eval_freq, 'epoch')}" * (args.eval_freq > 0) + ", "
         f"checkpoint.pth every {count(args.save_freq, 'epoch')} and when the accuracy is the best "
         "so far", *lines])
 

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from argparse import Namespace
 from datetime import datetime
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -27,16 +27,32 @@ def of_launch(command: str) -> Dict[str, Any]:
     return {
         "started": now(), "ended": None,
         "command": command,
-        "versions": versions(),
+        "versions": versions(), "packages": packages(),
         "deit": of_checkout(deit.folder(), "main.py"),
-        "bundle": of_checkout(deit.BUNDLE, "scripts/finetune.py"),
+        "bundle": {**of_checkout(deit.BUNDLE, "scripts/finetune.py"), "crc32": of_bundle()},
     }
 
 
-def versions() -> Dict[str, str]:
+def versions() -> Dict[str, Any]:
     """Those of Python and of the packages that a run uses."""
-    return {"python": platform.python_version(), **{
-        name: getattr(import_module(name), "__version__", None) for name in PACKAGES}}
+    return {"python": platform.python_version(), "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(), **{
+                name: getattr(import_module(name), "__version__", None) for name in PACKAGES}}
+
+
+def packages() -> List[str]:
+    """All installed packages, as pip writes them."""
+    return sorted({f"{package.metadata['Name']}=={package.version}"
+                   for package in metadata.distributions()})
+
+
+def of_bundle() -> str:
+    """Checksum of this bundle's own Python files, which may have been copied without their git."""
+    files = [path for pattern in ("scripts/*.py", "scripts/deit_plugin/*.py")
+             for path in deit.BUNDLE.glob(pattern)]
+    files += [deit.BUNDLE / f"{name}.py" for name in deit.OURS]
+    content = repr([(path.name, path.read_bytes()) for path in sorted(files)])
+    return f"{zlib.crc32(content.encode()):08x}"
 
 
 def of_process(args: Namespace) -> Dict[str, str]:

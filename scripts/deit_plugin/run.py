@@ -83,9 +83,12 @@ class Run:
         self.deit_main.main(job.for_deit(self.job))
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
-            path = self.folder.path
-            print(f"Best {kind_of_accuracy(self.args)}: {self.best['acc1']:.2f} % after epoch "
-                  f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
+            path, found = self.folder.path, "No evaluation"
+            if self.best:
+                found = (f"Best {kind_of_accuracy(self.args)}: {self.best['acc1']:.2f} % after "
+                         f"epoch {self.best['epoch'] + 1}")
+            name = "best_checkpoint.pth" if self.best else "checkpoint.pth"
+            print(f"{found}, {path / name}\n"
                   f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
 
     # What DeiT calls, in its order
@@ -114,8 +117,8 @@ class Run:
     def build_dataset(self, is_train: bool, args: Namespace) -> Tuple[Any, int]:
         """The images that were decided on, and the number of classes."""
         dataset = self.data.train if is_train else self.data.test
-        if dataset is None:  # under --eval: DeiT needs some; a copy, since --ThreeAugment of HEAD
-            dataset = copy.copy(self.data.test)  # replaces their transform
+        if dataset is None:  # with --eval or --eval-freq 0. DeiT needs some; a copy, since
+            dataset = copy.copy(self.data.test or self.data.train)  # --ThreeAugment changes it
         return dataset, len(self.data.classes)
 
     def create_model(self, name: str, **kwargs: Any) -> torch.nn.Module:
@@ -169,7 +172,7 @@ class Run:
     def evaluate(self, data_loader: Any, model: torch.nn.Module, device: torch.device
                  ) -> Dict[str, float]:
         """Evaluate over all processes, if it is due, and end the epoch; or report, with --eval."""
-        if self.test_loader is None:
+        if self.test_loader is None and self.data.test:
             self.test_loader = loaders.evaluation(data_loader, self.args)
         if self.args.eval:
             self.narrator = Narrator(self.job)
@@ -231,7 +234,7 @@ class Run:
     def _is_due(self, every: int) -> bool:
         """Whether what is done every ``every`` epochs and after the last is due."""
         done = self.trained.epoch + 1
-        return done % every == 0 or done == self.args.epochs
+        return every > 0 and (done % every == 0 or done == self.args.epochs)
 
     def _end_epoch(self, tested: Dict[str, float], n_parameters: int) -> None:
         """Log what the epoch came to, write checkpoint.pth if it is due, and say it."""

@@ -18,7 +18,7 @@ from convert_to_deit import (
     recognise,
     require_finite,
 )
-from datasets import DATA_SETS, read_image
+from datasets import DATA_SETS, load_photo, read_image
 
 from . import deit
 from .errors import UserError, one_line
@@ -75,11 +75,11 @@ def finished(path: str, trust: bool = False) -> Finished:
     if not settings or not classes or not has_head(state["model"]):
         raise UserError(f"{path} is not the checkpoint of a run of this bundle: pass the "
                         "best_checkpoint.pth of an --output_dir")
-    row = DATA_SETS[settings["data_set"]]
+    transform = DATA_SETS[settings["data_set"]].transform(False, Namespace(**settings))
     model = create(settings["model"], settings["input_size"], make, num_classes=len(classes))
     load_into(model, state["model"], path, settings["model"])
-    return Finished(model.eval(), classes, settings, partial(read_image, row.loader),
-                    row.transform(False, Namespace(**settings)))
+    # Photos come as they are, also to a model that was trained on prepared images.
+    return Finished(model.eval(), classes, settings, partial(read_image, load_photo), transform)
 
 
 def make(name: str, **kwargs: Any) -> torch.nn.Module:
