@@ -8,7 +8,10 @@ matplotlib.
 """
 import argparse
 import contextlib
+import csv
+import errno
 import json
+import math
 import os
 import statistics
 import sys
@@ -21,10 +24,12 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from deit_plugin import errors  # noqa: E402
 
-COLUMNS = ("run", "data set", "epochs", "best %", "last %", "per class %", "published %",
-           "vs. published", "training time")
-NOTE = ("published: by MoCo v3's authors, not run here; compared with finished runs of the recipe. "
-        "per class: the mean of the classes' accuracies, last evaluation.")
+COLUMNS = ("run", "data set", "epochs", "best %", "last %", "95 % interval", "per class %",
+           "published %", "vs. published", "training time")
+NOTE = ("best: of all evaluations, so it was chosen on the images that it is measured on. last and "
+        "per class (the mean of the classes' accuracies): the last evaluation. 95 % interval: of "
+        "last, by Wilson, for that number of images. published: by MoCo v3's authors, not run "
+        "here; compared with last in finished runs of the recipe. training time: with evaluation.")
 PANELS = {"test_loss": "Test loss", "train_loss": "Train loss", "train_lr": "Learning rate"}
 MOST_CURVES = 10
 STYLE = {"figure.figsize": (13, 8), "figure.constrained_layout.use": True, "savefig.dpi": 120,
@@ -73,14 +78,25 @@ class LoggedRun:
 
     def cells(self) -> List[str]:
         """The run's row of the table: a text for each of COLUMNS."""
-        seconds = sum(self.curve("train_seconds")[1])
+        seconds = sum(self.curve("train_seconds")[1]) + sum(self.curve("test_seconds")[1])
         per_class = self.curve("test_acc_per_class")[1] or [None]
         compared = self.is_of_recipe and self.finished
         return [self.name, self.data_set + (", held-out" if self.held_out else ""),
                 f"{self.done} of {self.planned}", number(self.best), number(self.last),
-                number(per_class[-1]), number(self.published, ".1f"),
-                number(self.best - self.published if compared else None, "+.2f"),
+                self.interval(), number(per_class[-1]), number(self.published, ".1f"),
+                number(self.last - self.published if compared else None, "+.2f"),
                 str(timedelta(seconds=round(seconds))) if 0 < seconds < 1e9 else "-"]
+
+    def interval(self) -> str:
+        """Wilson's 95 % interval of the last accuracy, by the number of images; "-" without it."""
+        images, z = self.settings.get("test images"), 1.959964  # the normal 97.5 % quantile
+        if self.last is None or type(images) is not int or images < 1:
+            return "-"
+        share = self.last / 100
+        centre = (share + z * z / (2 * images)) / (1 + z * z / images)
+        half = z / (1 + z * z / images) * math.sqrt(
+            share * (1 - share) / images + z * z / (4 * images * images))
+        return f"{100 * max(0, centre - half):.2f}-{100 * (centre + half):.2f}"
 
     def setting(self, name: str) -> Optional[str]:
         """A setting as text, or None if the run's DeiT does not have it."""
@@ -131,14 +147,18 @@ def varying_settings(runs: List[LoggedRun]) -> List[str]:
             and any(differ(one, other, name) for one in runs for other in runs)]
 
 
-def table(runs: List[LoggedRun]) -> str:
-    """A line for each run; numbers stand to the right."""
+def rows_of(runs: List[LoggedRun]) -> List[List[str]]:
+    """The table: a header, and the cells of each run with the settings that vary."""
     varying = varying_settings(runs)
     header = [*COLUMNS, *(name.replace("_", " ") for name in varying)]
-    rows = [header, *([*run.cells(), *(run.setting(name) or "-" for name in varying)]
+    return [header, *([*run.cells(), *(run.setting(name) or "-" for name in varying)]
                       for run in runs)]
+
+
+def table(rows: List[List[str]]) -> str:
+    """The rows as lines; numbers stand to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = "<<" + ">" * len(header)
+    sides = "<<" + ">" * len(rows[0])
     return "\n".join("  ".join(f"{cell:{side}{width}}" for cell, side, width
                                in zip(row, sides, widths)).rstrip() for row in rows)
 
@@ -247,6 +267,20 @@ def default_path(runs: List[LoggedRun]) -> Path:
     return Path(os.path.relpath(os.path.commonpath(parents)), "report.png")
 
 
+def write_csv(rows: List[List[str]], path: Path) -> None:
+    """Write the table; exit with a line if that fails."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device; pass a file")
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(aside, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        aside.replace(path)
+    except OSError as error:
+        sys.exit(f"error: --csv {path}: {error.strerror}")
+    print(f"table: {path}")
+
+
 def main() -> None:
     """Print the table and its notes, then draw."""
     parser = argparse.ArgumentParser(
@@ -256,6 +290,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="the picture, whose ending tells its format (default: report.png "
                              "beside the runs)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
     args = parser.parse_args()
     runs, notes = find_runs(args.folders)
     if not runs:
@@ -269,7 +304,10 @@ def main() -> None:
         sys.exit(f"error: cannot write {path}: it is a pipe or a device; pass the path of a file")
     if len(runs) > len(drawn):
         notes.append(f"the picture shows the first {len(drawn)} of {len(runs)} runs")
-    print(table(runs), NOTE, *seed_groups(runs), *notes_on(runs), *notes, sep="\n", flush=True)
+    rows = rows_of(runs)
+    print(table(rows), NOTE, *seed_groups(runs), *notes_on(runs), *notes, sep="\n", flush=True)
+    if args.csv:
+        write_csv(rows, args.csv)
     try:
         draw(drawn, path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,5 @@
 """report.py as a process on made-up folders: its table, its notes, its picture."""
+import csv
 import json
 import os
 import subprocess
@@ -31,7 +32,8 @@ def make_run(folder, log=None, best=90.0, last=89.5, published=93.2, not_compara
                         epoch_line(3, last, 88.0)])
     (folder / "log.txt").write_text(finished if log is None else log)
     (folder / "run.json").write_text(json.dumps({
-        "settings": {"data_set": "pets", "epochs": 4, "seed": 0, "hold_out": 0.0, **settings},
+        "settings": {"data_set": "pets", "epochs": 4, "seed": 0, "hold_out": 0.0, "test images": 91,
+                     **settings},
         "published_accuracy": published, "not_comparable": not_comparable, "parent": parent,
         "origin": {"path": "/a.pth", "crc32": "0"}}))
     return folder
@@ -52,7 +54,8 @@ def row_of(done, name):
     return next(line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] == [name])
 
 
-FINISHED = ["pets", "4", "of", "4", "90.00", "89.50", "88.00", "93.2", "-3.20", "0:04:00"]
+FINISHED = ["pets", "4", "of", "4", "90.00", "89.50", "81.53-94.27",
+            "88.00", "93.2", "-3.70", "0:04:00"]
 
 
 def test_table_without_torch_and_matplotlib(tmp_path):
@@ -72,20 +75,20 @@ def test_table_without_torch_and_matplotlib(tmp_path):
 
 @pytest.mark.parametrize("options, row, note", [
     ({"not_comparable": "no recipe launched it"},
-     "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "one: not compared, since no recipe"),
+     "pets 4 of 4 90.00 89.50 81.53-94.27 88.00 93.2 - 0:04:00", "one: not compared, since no"),
     ({"data_set": "folder", "published": None, "not_comparable": "nothing was published"},
-     "folder 4 of 4 90.00 89.50 88.00 - - 0:04:00", ""),
+     "folder 4 of 4 90.00 89.50 81.53-94.27 88.00 - - 0:04:00", ""),
     ({"parent": {"path": "/b.pth"}, "not_comparable": "it continues"},
-     "pets 4 of 4 90.00 89.50 88.00 93.2 - 0:04:00", "not counted among seeds"),
+     "pets 4 of 4 90.00 89.50 81.53-94.27 88.00 93.2 - 0:04:00", "not counted among seeds"),
     ({"hold_out": 0.2, "published": None, "not_comparable": "nothing was published"},
-     "pets, held-out 4 of 4 90.00 89.50 88.00 - - 0:04:00", ""),
-    ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 - 93.2 - 0:01:00", ""),
+     "pets, held-out 4 of 4 90.00 89.50 81.53-94.27 88.00 - - 0:04:00", ""),
+    ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 82.13-94.63 - 93.2 - 0:01:00", ""),
     ({"log": epoch_line(0, 80.0) + "\0\0\n[1]\n{}\n" + epoch_line(1, 70.0)[:30]},
-     "pets 1 of 4 80.00 80.00 - 93.2 - 0:01:00", ""),
+     "pets 1 of 4 80.00 80.00 70.64-86.93 - 93.2 - 0:01:00", ""),
     ({"log": '{"epoch": 0, "test_acc1": "high", "train_seconds": [1]}'},
-     "pets 1 of 4 - - - 93.2 - -", ""),
-    ({"log": epoch_line(0)}, "pets 1 of 4 - - - 93.2 - 0:01:00", ""),
-    ({"log": ""}, "pets 0 of 4 - - - 93.2 - -", ""),
+     "pets 1 of 4 - - - - 93.2 - -", ""),
+    ({"log": epoch_line(0)}, "pets 1 of 4 - - - - 93.2 - 0:01:00", ""),
+    ({"log": ""}, "pets 0 of 4 - - - - 93.2 - -", ""),
 ], ids=["no recipe", "own images", "continued", "held out", "unfinished", "damaged", "not ours",
         "not evaluated", "empty"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):
@@ -98,7 +101,7 @@ def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note,
 @pytest.mark.parametrize("facts", ["", "[]", "{", '{"settings": 3, "differs": 4}', "[" * 100000])
 def test_a_log_alone_as_plain_deit_leaves_it(facts, tmp_path):
     (make_run(tmp_path / "one") / "run.json").write_text(facts)
-    row = "- 4 of - 90.00 89.50 88.00 - - 0:04:00"
+    row = "- 4 of - 90.00 89.50 - 88.00 - - 0:04:00"
     assert row_of(report("one", cwd=tmp_path), "one") == row.split()
 
 
@@ -118,6 +121,28 @@ def test_the_table_on_a_terminal_without_unicode(tmp_path):
         make_run(tmp_path / f"é{seed}", seed=seed)
     done = report(".", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "2 seeds" in done.stdout, done.stderr
+
+
+def test_the_interval_is_scipy_s(tmp_path):
+    from scipy.stats import binomtest
+
+    for right, images in ((45, 50), (0, 7), (7, 7), (3669, 3670)):
+        log = epoch_line(0, 100 * right / images)
+        run = LoggedRun(make_run(tmp_path / f"{right}", log, **{"test images": images}))
+        low, high = binomtest(right, images).proportion_ci(method="wilson")
+        assert [float(text) for text in run.interval().split("-")] == pytest.approx(
+            [100 * low, 100 * high], abs=0.006)
+
+
+def test_the_table_as_csv(tmp_path):
+    """With names that have commas, and not over a folder."""
+    make_run(tmp_path / "a,b", lr=0.1)
+    make_run(tmp_path / "c", lr=0.2)
+    done = report(".", "--csv", "t.csv", cwd=tmp_path)
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert rows["a,b"]["last %"] == "89.50" and rows["c"]["lr"] == "0.2", done.stderr
+    assert "--csv" in error_of(report(".", "--csv", tmp_path, cwd=tmp_path), status=1)
 
 
 def test_seeds_are_a_group_and_what_varies_are_columns(tmp_path):
