@@ -172,8 +172,14 @@ def test_a_kept_classifier_predicts_what_timm_s_model_predicts(probe, data, tmp_
     assert "--keep-head" in error_of(refused) and not (tmp_path / "run").exists()
 
 
-def test_a_pre_training_head_is_never_kept(tmp_path):
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_pre_training_head_is_never_kept(layers, tmp_path):
     generate.moco_checkpoint(tmp_path / "moco.pth", width=64, depth=2)
+    if layers == 1:  # which looks like a classifier
+        state = generate.encoder_state(64, 2)
+        state.update({"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)})
+        torch.save({"state_dict": {f"module.base_encoder.{name}": state[name] for name in state}},
+                   tmp_path / "moco.pth")
     done = fork_script(SCRIPTS.parent / "convert_to_deit.py", "--input", tmp_path / "moco.pth",
                        "--output", tmp_path / "a.pth", "--keep-head", variables=environment())
     assert done.returncode == 1 and "no classifier to keep" in done.stderr
