@@ -30,7 +30,7 @@ NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
 CHUNK = 2**27  # float32 numbers that are computed at once: 0.5 GB
 MOST_ITERATIONS = 200  # of one fit, which begins where its neighbour has ended
 # What data.load and the transforms of ImageNet read, besides the flags below.
-FIXED = {"eval": False, "reprob": 0.0, "remode": "pixel", "recount": 1, "aa": "",
+FIXED = {"eval": False, "eval_freq": 1, "reprob": 0.0, "remode": "pixel", "recount": 1, "aa": "",
          "color_jitter": None, "train_interpolation": "bicubic"}
 
 

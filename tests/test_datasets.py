@@ -63,7 +63,7 @@ def refusal(name, root, kind=FileNotFoundError, **options):
 def advice(name, root, download=True):
     """The one line that says where missing data are, even if they could be downloaded."""
     args = Namespace(data_set=name, data_path=str(root), input_size=32, reprob=0.0, hold_out=0.0,
-                     eval=False, download=download)
+                     eval=False, eval_freq=1, download=download)
     with pytest.raises(UserError) as error:
         load(args)
     assert "\n" not in str(error.value) and "--download" not in str(error.value)
@@ -288,7 +288,8 @@ def test_failed_download(tmp_path, monkeypatch, name):
 
 def test_the_data_of_a_held_out_run_are_found_as_for_training(served, tmp_path):
     args = Namespace(data_set="pets", data_path=str(tmp_path / "a" / "b"), input_size=32,
-                     reprob=0.0, hold_out=0.2, eval=True, download=True)
+                     reprob=0.0, hold_out=0.2, eval=True, eval_freq=1,
+                     download=True)
     assert len(load(args).test) == 7 and served
     for folder, says in (("a", f"pass --data-path {tmp_path}/a/b"), ("gone", "--hold-out 0 ")):
         args.data_path, args.download = str(tmp_path / folder), False

@@ -252,7 +252,7 @@ def test_data_sets_of_torchvision(flags, tmp_path):
                 "dtd": ("DTD", ["train", "val"]), "cars": ("StanfordCars", ["train"])}
     for name, (kind, parts) in official.items():
         args = Namespace(data_set=name, data_path=str(folder / name), input_size=32, reprob=0.0,
-                         hold_out=0.0, eval=False)
+                         hold_out=0.0, eval=False, eval_freq=1)
         for split, its_parts in zip(load(args), (parts, ["test"])):
             theirs = [getattr(torchvision.datasets, kind)(str(folder / name), part)
                       for part in its_parts]
