@@ -210,6 +210,8 @@ def test_training_on_all_photos(own, flags, tmp_path):
     flags += ["--data-set", "folder", "--data-path", own, "--epochs", "2"]
     line = error_of(fork("pets", *flags))
     assert "--hold-out 0.2" in line and "--eval-freq 0" in line
+    (own / "Val").mkdir()  # a better advice
+    assert f"rename {own}/Val to {own}/val" in error_of(fork("pets", *flags))
     held = train("pets", *flags, "--hold-out", "0.2", "--output_dir", tmp_path / "held").stdout
     assert "images: 1 .txt" in held  # counted once, though both parts come from train/
     assert "leave one out" in error_of(fork("pets", *flags, "--hold-out", "0.2", "--eval-freq",

@@ -102,7 +102,8 @@ def _load_split(is_train: bool, args: Namespace) -> Any:
         root = Path(args.data_path).resolve()
         missing = row.missing(str(root), split_of(is_train, args))
         advice = where_else(row, root, missing[0]) if missing else ""
-        if missing and not is_train and args.data_set == "folder" and (root / "train").is_dir():
+        is_val_of_photos = args.data_set == "folder" and not is_train and not args.eval
+        if missing and not advice and is_val_of_photos and (root / "train").is_dir():
             advice = ("pass --hold-out 0.2 to evaluate on a part of train/, or --eval-freq 0 to "
                       "train on all of it and evaluate nothing")
         if missing and not advice and not row.downloads(args) and args.eval and args.hold_out:

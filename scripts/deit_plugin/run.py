@@ -52,7 +52,7 @@ class Run:
     10. evaluate, the last step of an epoch. So ours also ends the epoch: log.txt gets its line,
         then the checkpoint is written. DeiT writes neither, since its args have no output_dir.
 
-    main: DeiT's module, as deit.import_main returns it.
+    deit_main: DeiT's main, as deit.import_main returns it.
     """
 
     def __init__(self, deit_main: ModuleType, decided: job.Job, data: Data) -> None:

@@ -123,7 +123,7 @@ def _settings_before(state: Dict[str, Any]) -> Dict[str, Any]:
 
 def changed_since(start: Start, state: Dict[str, Any], settings: Dict[str, Any]
                   ) -> Optional[List[str]]:
-    """What differs from the run that goes on elsewhere, in words; None if none does."""
+    """What differs from another run that goes on here, in words; None if no other one does."""
     if start.continues or not start.epoch or "settings" not in state:
         return None
     return differing(settings, state["settings"], "there")
