@@ -30,7 +30,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, top = finished.model.to(device), min(args.top, len(finished.classes))
     rows, failed, done = csv.writer(sys.stdout, lineterminator="\n"), 0, 0
-    rows.writerow(["image", "class", "probability"])
+    rows.writerow(["image", "predicted", "probability"])
     for good, images, errors_of_others in batches(paths, finished, args):
         if good:
             probabilities = evaluation.forward(model, images.to(device)).softmax(dim=1)

@@ -174,7 +174,8 @@ def test_odd_names_are_written_in_one_way_that_reads_back(tmp_path):
     images = Namespace(samples=[(os.path.join(tmp_path, name), 0) for name in names],
                        targets=[0] * 3, classes=["a,b"])
     args = Namespace(data_path=str(tmp_path))
-    evaluation.write_predictions(str(tmp_path / "a.csv"), [(0, 0.5)] * 3, Data(None, images), args)
+    evaluation.write_predictions(str(tmp_path / "a.csv"), [[0, 0.5, 0.5]] * 3, Data(None, images),
+                                 args)
     with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == ["n\\udcff.png", *names[1:]]

@@ -1,4 +1,4 @@
-"""report.py as a process on made-up folders: its table, its notes, its picture."""
+"""report.py as a process on made-up folders: its tables, its notes, its pictures."""
 import csv
 import json
 import os
@@ -11,14 +11,15 @@ from PIL import Image
 
 from conftest import error_of
 from launches import ROOT
-from report import LoggedRun
+from reports import classes, runs
+from reports.runs import Group, LoggedRun
 
 
 def epoch_line(epoch, accuracy=None, per_class=None):
     """A line of log.txt; with an evaluation if an accuracy is given."""
     row = {"epoch": epoch, "train_lr": 3e-4, "train_loss": 2 / (epoch + 1), "train_seconds": 60.0}
     if accuracy is not None:
-        row.update(test_acc1=accuracy, test_loss=1 - accuracy / 100)
+        row.update(test_acc1=accuracy, test_loss=1 - accuracy / 100, test_seconds=3.0)
     if per_class is not None:
         row.update(test_acc_per_class=per_class)
     return json.dumps(row) + "\n"
@@ -48,61 +49,77 @@ def report(*arguments, cwd, without=("torch", "matplotlib"), **variables):
                           env={**os.environ, **variables})
 
 
-def row_of(done, name):
-    """The cells of a run after its name, split by spaces."""
+def rows_of(done, folder):
+    """The table, as --csv writes it to t.csv: rows by the names of their folders."""
     assert done.returncode == 0, done.stderr
-    return next(line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] == [name])
+    with open(folder / "t.csv", encoding="utf-8", newline="") as file:
+        return {row["folders"]: row for row in csv.DictReader(file)}
 
 
-FINISHED = ["pets", "4", "of", "4", "90.00", "89.50", "81.53-94.27",
-            "88.00", "93.2", "-3.70", "0:04:00"]
+def table_of(folder):
+    """The rows for all runs below a folder, without a process."""
+    from reports.table import rows_of
+
+    header, *rows = rows_of(runs.groups_of(runs.find_runs([folder])[0]))
+    return [dict(zip(header, row)) for row in rows]
 
 
 def test_table_without_torch_and_matplotlib(tmp_path):
     make_run(tmp_path / "out" / "one")
-    make_run(tmp_path / "out" / "deep" / "two")
-    curve = LoggedRun(tmp_path / "out" / "one").curve("test_acc1")
-    assert curve == ([1, 3, 4], [50.0, 90.0, 89.5])
+    make_run(tmp_path / "out" / "deep" / "two", seed=1)
+    assert LoggedRun(tmp_path / "out" / "one").curve("test_acc1") == {1: 50.0, 3: 90.0, 4: 89.5}
     assert "absent" in error_of(report("absent", cwd=tmp_path), status=1)
-    done = report("out", "out/one", "absent", cwd=tmp_path)
-    for name in ("out/one", "out/deep/two"):
-        assert row_of(done, name) == FINISHED
-    assert done.stdout.count("out/one ") == 1  # though it was found twice
+    done = report("out", "out/one", "absent", "--csv", "t.csv", cwd=tmp_path)
+    (folders, row), = rows_of(done, tmp_path).items()  # a run that is found twice counts once
+    assert set(folders.split(", ")) == {"out/one", "out/deep/two"}
+    assert sorted(row["seeds"].split(", ")) == ["0", "1"]
+    shown = next(line for line in done.stdout.splitlines() if "out/one" in line)
+    assert all(row[name] in shown for name in row)
     assert "MoCo v3's authors" in done.stdout and "not run here" in done.stdout
     assert done.stdout.count("pip install matplotlib") == 1 and done.stderr == ""
     assert "absent: not a run" in done.stdout and not list(tmp_path.rglob("*.png"))
 
 
+NAMES = ("data set", "epochs", "best %", "last %", "95 % interval", "per class %", "published %",
+         "vs. published", "training time")
+
+
 @pytest.mark.parametrize("options, row, note", [
+    ({}, "pets|4 of 4|90.00|89.50|81.53-94.27|88.00|93.2|-3.70|0:04:09", ""),
     ({"not_comparable": "no recipe launched it"},
-     "pets 4 of 4 90.00 89.50 81.53-94.27 88.00 93.2 - 0:04:00", "one: not compared, since no"),
+     "pets|4 of 4|90.00|89.50|81.53-94.27|88.00|93.2|-|0:04:09", "one: not compared, since no"),
     ({"data_set": "folder", "published": None, "not_comparable": "nothing was published"},
-     "folder 4 of 4 90.00 89.50 81.53-94.27 88.00 - - 0:04:00", ""),
+     "folder|4 of 4|90.00|89.50|81.53-94.27|88.00|-|-|0:04:09", ""),
     ({"parent": {"path": "/b.pth"}, "not_comparable": "it continues"},
-     "pets 4 of 4 90.00 89.50 81.53-94.27 88.00 93.2 - 0:04:00", "not counted among seeds"),
+     "pets|4 of 4|90.00|89.50|81.53-94.27|88.00|93.2|-|0:04:09", "not counted among seeds"),
     ({"hold_out": 0.2, "published": None, "not_comparable": "nothing was published"},
-     "pets, held-out 4 of 4 90.00 89.50 81.53-94.27 88.00 - - 0:04:00", ""),
-    ({"log": epoch_line(0, 90.0)}, "pets 1 of 4 90.00 90.00 82.13-94.63 - 93.2 - 0:01:00", ""),
+     "pets, held-out|4 of 4|90.00|89.50|81.53-94.27|88.00|-|-|0:04:09", ""),
+    ({"log": epoch_line(0, 90.0)},
+     "pets|1 of 4|90.00|90.00|82.13-94.63|-|93.2|-|0:01:03", ""),
     ({"log": epoch_line(0, 80.0) + "\0\0\n[1]\n{}\n" + epoch_line(1, 70.0)[:30]},
-     "pets 1 of 4 80.00 80.00 70.64-86.93 - 93.2 - 0:01:00", ""),
+     "pets|1 of 4|80.00|80.00|70.64-86.93|-|93.2|-|0:01:03", ""),
     ({"log": '{"epoch": 0, "test_acc1": "high", "train_seconds": [1]}'},
-     "pets 1 of 4 - - - - 93.2 - -", ""),
-    ({"log": epoch_line(0)}, "pets 1 of 4 - - - - 93.2 - 0:01:00", ""),
-    ({"log": ""}, "pets 0 of 4 - - - - 93.2 - -", ""),
-], ids=["no recipe", "own images", "continued", "held out", "unfinished", "damaged", "not ours",
-        "not evaluated", "empty"])
+     "pets|1 of 4|-|-|-|-|93.2|-|-", ""),
+    ({"log": epoch_line(0)}, "pets|1 of 4|-|-|-|-|93.2|-|0:01:00", ""),
+    ({"log": ""}, "pets|0 of 4|-|-|-|-|93.2|-|-", ""),
+], ids=["recipe", "no recipe", "own images", "continued", "held out", "unfinished", "damaged",
+        "not ours", "not evaluated", "empty"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):
-    make_run(tmp_path / "one", **options)
-    done = report("one", cwd=tmp_path)
-    assert row_of(done, "one") == row.split() and note in done.stdout
-    assert ("not compared" in done.stdout) == ("93.2 -" in row and "not_comparable" in options)
+    folder = make_run(tmp_path / "one", **options)
+    (found,) = table_of(tmp_path)
+    assert "|".join(found[name] for name in NAMES) == row
+    from reports.table import notes_on
+
+    notes = "\n".join(notes_on([LoggedRun(folder)])).replace(f"{tmp_path}/", "")
+    assert note in notes and ("not compared" in notes) == (
+        found["published %"] != "-" and "not_comparable" in options)
 
 
 @pytest.mark.parametrize("facts", ["", "[]", "{", '{"settings": 3, "differs": 4}', "[" * 100000])
 def test_a_log_alone_as_plain_deit_leaves_it(facts, tmp_path):
     (make_run(tmp_path / "one") / "run.json").write_text(facts)
-    row = "- 4 of - 90.00 89.50 - 88.00 - - 0:04:00"
-    assert row_of(report("one", cwd=tmp_path), "one") == row.split()
+    (row,) = table_of(tmp_path)
+    assert "|".join(row[name] for name in NAMES) == "-|4 of -|90.00|89.50|-|88.00|-|-|0:04:09"
 
 
 def test_a_log_that_two_runs_appended_to_is_the_last_one(tmp_path):
@@ -110,9 +127,10 @@ def test_a_log_that_two_runs_appended_to_is_the_last_one(tmp_path):
     first = "".join(epoch_line(epoch, 99.0) for epoch in range(3))
     make_run(tmp_path / "one", first + epoch_line(0, 50.0) + epoch_line(1, 60.0))
     make_run(tmp_path / "two", first + epoch_line(2, 70.0) + epoch_line(3, 80.0))
-    done = report(".", cwd=tmp_path)
-    assert row_of(done, "one")[:6] == ["pets", "2", "of", "4", "60.00", "60.00"]
-    assert row_of(done, "two")[:6] == ["pets", "4", "of", "4", "99.00", "80.00"]
+    done = report(".", "--csv", "t.csv", cwd=tmp_path)
+    rows = rows_of(done, tmp_path)
+    assert [rows["one"][name] for name in NAMES[1:4]] == ["2 of 4", "60.00", "60.00"]
+    assert [rows["two"][name] for name in NAMES[1:4]] == ["4 of 4", "99.00", "80.00"]
     assert "one, two: log.txt repeats epochs" in done.stdout
 
 
@@ -120,7 +138,7 @@ def test_the_table_on_a_terminal_without_unicode(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"é{seed}", seed=seed)
     done = report(".", cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "2 seeds" in done.stdout, done.stderr
+    assert done.returncode == 0 and "0, 1" in done.stdout, done.stderr
 
 
 def test_the_interval_is_scipy_s(tmp_path):
@@ -130,40 +148,51 @@ def test_the_interval_is_scipy_s(tmp_path):
         log = epoch_line(0, 100 * right / images)
         run = LoggedRun(make_run(tmp_path / f"{right}", log, **{"test images": images}))
         low, high = binomtest(right, images).proportion_ci(method="wilson")
-        assert [float(text) for text in run.interval().split("-")] == pytest.approx(
-            [100 * low, 100 * high], abs=0.006)
+        assert Group([run]).interval() == pytest.approx((100 * low, 100 * high), abs=1e-4)
 
 
 def test_the_table_as_csv(tmp_path):
     """With names that have commas, and not over a folder."""
     make_run(tmp_path / "a,b", lr=0.1)
     make_run(tmp_path / "c", lr=0.2)
-    done = report(".", "--csv", "t.csv", cwd=tmp_path)
-    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
-        rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert rows["a,b"]["last %"] == "89.50" and rows["c"]["lr"] == "0.2", done.stderr
+    rows = rows_of(report(".", "--csv", "t.csv", cwd=tmp_path), tmp_path)
+    assert rows["a,b"]["last %"] == "89.50" and rows["c"]["lr"] == "0.2"
     assert "--csv" in error_of(report(".", "--csv", tmp_path, cwd=tmp_path), status=1)
 
 
-def test_seeds_are_a_group_and_what_varies_are_columns(tmp_path):
+def test_seeds_are_one_row_and_what_varies_are_columns(tmp_path):
     lasts = [89.5, 91.0, 88.25]
     for seed, last in enumerate(lasts):
-        make_run(tmp_path / f"a{seed}", seed=seed, best=92.0 + seed, last=last)
-    make_run(tmp_path / "rate", lr=0.1)
-    make_run(tmp_path / "child", seed=7, parent={"path": "/b.pth"})
-    make_run(tmp_path / "started", log=epoch_line(0, 10.0), seed=9)
-    make_run(tmp_path / "second", seed=1, last=70.0)
+        make_run(tmp_path / f"a{seed}", seed=seed, best=92.0 + seed, last=last, weight_decay=0.1)
+    make_run(tmp_path / "rate", lr=0.1, last=91.5)
+    make_run(tmp_path / "decay", weight_decay=0.2, last=60.0)
+    make_run(tmp_path / "child", seed=7, parent={"path": "/b.pth"}, weight_decay=0.1)
+    make_run(tmp_path / "started", log=epoch_line(0, 10.0), seed=9, weight_decay=0.1)
+    make_run(tmp_path / "second", seed=1, last=70.0, weight_decay=0.1)
+    make_run(tmp_path / "held", hold_out=0.2, last=99.0, weight_decay=0.1)
     make_run(tmp_path / "flowers", data_set="flowers", weight_decay=0.3)
-    done = report(".", cwd=tmp_path)
-    header = done.stdout.splitlines()[0]
-    assert header.split()[-1] == "seed" and "weight" not in header and "lr" not in header
-    assert row_of(done, "a2")[-1] == "2"
-    group = next(line for line in done.stdout.splitlines() if line.startswith("3 seeds"))
-    assert f"last {numpy.mean(lasts):.2f} ± {numpy.std(lasts, ddof=1):.2f} %" in group
-    assert "best 93.00 ± 1.00 %" in group
-    left_out = group.partition("left out")[2]
-    assert "started" in left_out and "second" in left_out
-    assert not any(name in group for name in ("rate", "flowers", "child"))
+    rows = table_of(tmp_path)
+    by_folder = {row["folders"].replace(f"{tmp_path}/", ""): row for row in rows}
+    group = by_folder["a0, a1, a2"]
+    assert list(group)[0] == "weight decay" and group["weight decay"] == "0.1"
+    assert "lr" not in group and group["seeds"] == "0, 1, 2"
+    assert group["last %"] == f"{numpy.mean(lasts):.2f}"
+    assert group["± last"] == f"{numpy.std(lasts, ddof=1):.2f}"
+    assert (group["best %"], group["± best"]) == ("93.00", "1.00")
+    assert group["vs. published"] == f"{numpy.mean(lasts) - 93.2:+.2f}"
+    assert group["training time"] == "0:04:09"  # of one run
+    pets = [name for name, row in by_folder.items() if row["data set"] == "pets"]
+    assert pets[0] == "rate" and pets[-1] == "started" and {"child", "second"} < set(pets)
+    assert by_folder["held"]["data set"] == "pets, held-out"
+    subjects = [row["data set"] for row in rows]
+    assert subjects == sorted(subjects, key=subjects.index)
+
+
+def test_the_curve_of_seeds_is_their_mean(tmp_path):
+    group = Group([LoggedRun(make_run(tmp_path / f"{last}", last=last)) for last in (80.0, 90.0)])
+    epochs, means, deviations = group.curve("test_acc1")
+    assert (epochs, means) == ([1, 3, 4], [50.0, 90.0, 85.0])
+    assert deviations == pytest.approx([0, 0, numpy.std([80, 90], ddof=1)])
 
 
 def test_one_picture_of_all_runs(tmp_path):
@@ -177,9 +206,60 @@ def test_one_picture_of_all_runs(tmp_path):
     with Image.open(str(tmp_path / "out" / "report.png")) as image:
         image.load()
         assert image.format == "PNG" and 1300 <= image.width <= 2600
-    for number in range(10):
-        make_run(tmp_path / "out" / f"run{number}")
-    done = report("out", "--output", "here.pdf", **options)
-    assert "first 10 of 12 runs" in done.stdout and (tmp_path / "here.pdf").exists()
+    for number in range(24):
+        make_run(tmp_path / "out" / f"run{number}", lr=number // 2, seed=number)
+    done = report("out", "--output", "here.svg", **options)
+    assert "grey: 8 with lower" in (tmp_path / "here.svg").read_text(), done.stderr
     for output in ("here.no_such_format", "/nowhere/a.png"):
         assert output in error_of(report("out/going", "--output", output, **options), status=1)
+
+
+PREDICTIONS = ("image,label,predicted,probability,label_probability\n" +
+               "".join(f"{number}.jpg,{label},{predicted},0.5,0.5\n" for number, (label, predicted)
+                       in enumerate([("None", "001")] * 2 + [("None", "NA"), ("None", "None")]
+                                    + [("001", "001")] * 4 + [('"é, $x$"', "NA")])))
+
+
+def test_every_class_and_what_it_is_taken_for(tmp_path):
+    """Their names are text; a class that is only predicted has no row."""
+    run = make_run(tmp_path / "run", last=500 / 9)
+    (run / "predictions.csv").write_text(PREDICTIONS, encoding="utf-8")
+    done = report("run", "--classes", "--csv", "t.csv", cwd=tmp_path)
+    assert done.returncode == 0 and "55.56 % of 9 images" in done.stdout, done.stderr
+    assert "warning" not in done.stdout and "matplotlib" in done.stdout
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == classes.HEADER
+    assert rows[1:] == [["é, $x$", "1", "0.00", "NA", "1"], ["None", "4", "25.00", "001", "2"],
+                        ["001", "4", "100.00", "-", "0"]]
+    found = classes.read(run / "predictions.csv")
+    assert found.classes == ["001", "NA", "None", "é, $x$"]
+    assert found.counts == [[4, 0, 0, 0], [0, 0, 0, 0], [2, 1, 1, 0], [0, 1, 0, 0]]
+    (run / "log.txt").write_text(epoch_line(0, 40.0))  # it was killed, and goes on from there
+    done = report("run/predictions.csv", "--classes", cwd=tmp_path)
+    assert "warning" in done.stdout and "40.00 %" in done.stdout
+
+
+def test_the_confusion_matrix(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "mine.csv").write_text(PREDICTIONS, encoding="utf-8")
+    options = {"cwd": tmp_path, "without": ("torch",)}
+    done = report("mine.csv", "--classes", **options)
+    assert done.returncode == 0 and "picture: mine.png" in done.stdout, done.stderr
+    with Image.open(str(tmp_path / "mine.png")) as image:
+        image.load()
+        blue = numpy.array(image.convert("RGB")).astype(int)
+    assert ((blue[:, :, 2] > 90) & (blue[:, :, 0] < 30)).sum() > 1000  # a class without an error
+    assert "a, b" not in report("mine.csv", "--classes", "--output", "m.svg", **options).stderr
+    assert "é" in (tmp_path / "m.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "No such file"), ("", "columns"), ("a,b\n1,2\n", "columns"), (b"PK\3\4\xff", "pass the"),
+    ("image,label,predicted\n", "no rows"), ("image,label,predicted\n1,2\n", "incomplete")])
+def test_what_is_not_a_table_of_predictions_is_named(content, says, tmp_path):
+    if content is not None:
+        path = tmp_path / "predictions.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = error_of(report(".", "--classes", cwd=tmp_path), status=1)
+    assert "predictions.csv" in line and says in line

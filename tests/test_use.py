@@ -92,8 +92,14 @@ def test_eval_says_and_writes_what_it_found(processes, run, data, logits, tmp_pa
     assert [row["label"] for row in rows] == [name.rpartition("_")[0] for name in names]
     classes = saved(run / "best_checkpoint.pth")["classes"]
     assert [row["predicted"] for row in rows] == [classes[i] for i in scores.argmax(axis=1)]
-    highest = torch.from_numpy(scores).softmax(dim=1).max(dim=1).values.tolist()
-    assert [float(row["probability"]) for row in rows] == pytest.approx(highest, abs=2e-6)
+    probabilities = torch.from_numpy(scores).softmax(dim=1)
+    assert [float(row["probability"]) for row in rows] == pytest.approx(
+        probabilities.max(dim=1).values.tolist(), abs=2e-6)
+    assert [float(row["label_probability"]) for row in rows] == pytest.approx(
+        probabilities[range(len(labels)), labels].tolist(), abs=2e-6)
+    of_run = rows_of((run / "predictions.csv").read_text())  # of its last evaluation
+    for name in ("image", "label", "predicted"):
+        assert [row[name] for row in of_run] == [row[name] for row in rows]
     worst = done.stdout.partition("worst classes: ")[2].splitlines()[0].split(", ")
     right = {name: [row["predicted"] == name for row in rows if row["label"] == name]
              for name in {row["label"] for row in rows}}
@@ -151,7 +157,7 @@ def test_predict_labels_new_images(run, data, tmp_path):
     assert [row["image"] for row in rows] == [str(photos / "deep" / image.name)
                                               for image in images]
     for row in rows:
-        assert (row["class"], row["probability"]) == expected[row["image"].rpartition("/")[2]]
+        assert (row["predicted"], row["probability"]) == expected[row["image"].rpartition("/")[2]]
     top = python("predict.py", "--resume", path, images[0], "--top", "3", "--num_workers", "0")
     probabilities = [float(row["probability"]) for row in rows_of(top.stdout)]
     assert len(probabilities) == 3 and probabilities == sorted(probabilities)[::-1]
@@ -181,7 +187,7 @@ def test_export_gives_the_same_logits_in_timm(run, data, tmp_path):
     with torch.no_grad():
         probability, label = model(image).softmax(dim=1).max(dim=1)
     names = json.loads((out / "config.json").read_text())["label_names"]
-    assert rows_of(shown) == [{"image": str(path), "class": names[label],
+    assert rows_of(shown) == [{"image": str(path), "predicted": names[label],
                                "probability": f"{probability.item():.6f}"}]
 
 
@@ -224,7 +230,7 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
     with torch.no_grad():
         expected = model.eval()(image[None]).softmax(dim=1)[0]
     rows = rows_of(python("predict.py", "--resume", path, photo, "--top", "3").stdout)
-    probabilities = {row["class"]: float(row["probability"]) for row in rows}
+    probabilities = {row["predicted"]: float(row["probability"]) for row in rows}
     assert [probabilities[name] for name in "abc"] == pytest.approx(expected.tolist(), abs=2e-6)
     if TIMM_LOADS_FOLDERS:
         assert python("export.py", "--resume", path, "--output", out).returncode == 0

@@ -14,7 +14,9 @@ import convert_to_deit
 from .data import Data, names_of
 from .errors import UserError
 
-COLUMNS = ["image", "label", "predicted", "probability"]
+# Of a table of predictions: the image, its class, the class that the model takes it for, and the
+# probabilities of the latter and of the former.
+COLUMNS = ["image", "label", "predicted", "probability", "label_probability"]
 
 
 class Evaluation(NamedTuple):
@@ -23,7 +25,8 @@ class Evaluation(NamedTuple):
     stats: Dict[str, float]  # loss, and in percent acc1, acc5, acc_per_class
     correct: List[int]  # images per class that were classified correctly
     images: List[int]  # images per class
-    predictions: torch.Tensor  # of this process's images: (n, 2), class and probability, float64
+    predictions: torch.Tensor  # of this process's images, (n, 3), float64: the class with the
+    # highest probability, that probability, and that of the image's own class
 
 
 @torch.no_grad()
@@ -51,8 +54,9 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch
         sums[1] += cross_entropy(logits, labels, reduction="none").double().sum()
         per_class[0] += torch.bincount(labels[hits[:, 0]], minlength=classes)
         per_class[1] += torch.bincount(labels, minlength=classes)
-        probabilities = logits.softmax(dim=1).gather(1, top[:, :1])
-        predictions.append(torch.cat([top[:, :1].double(), probabilities.double()], dim=1))
+        best = top[:, :1]
+        probabilities = logits.softmax(dim=1).gather(1, torch.cat([best, labels[:, None]], dim=1))
+        predictions.append(torch.cat([best.double(), probabilities.double()], dim=1))
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(per_class)
@@ -63,7 +67,7 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch
              "acc_per_class": 100 * (correct[present] / images[present]).mean()}
     return Evaluation({name: value.item() for name, value in stats.items()},
                       correct.long().tolist(), images.long().tolist(),
-                      torch.cat([per_class.new_zeros(0, 2), *predictions]))
+                      torch.cat([per_class.new_zeros(0, 3), *predictions]))
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -79,19 +83,18 @@ def worst_classes(found: Evaluation, classes: List[str]) -> str:
     return ", ".join(f"{name} {accuracy:.2f} % of {images}" for accuracy, name, images in rows[:5])
 
 
-def gather(predictions: torch.Tensor, images: int, world_size: int) -> List[Tuple[int, float]]:
-    """Class and probability of each test image, in the order of the data set, from all ranks.
+def gather(predictions: torch.Tensor, images: int, world_size: int) -> List[List[float]]:
+    """The predictions of all ranks, a row for each image, in the order of the data set.
 
     Rank r has evaluated the images r, r + world_size, r + 2 * world_size and so on: the shares of
     ``loaders.evaluation``.
     """
     length = -(-images // world_size)
-    own = predictions.new_zeros(length, 2)
+    own = predictions.new_zeros(length, predictions.shape[1])
     own[:len(predictions)] = predictions
     everyone = [torch.zeros_like(own) for _ in range(world_size)]
     torch.distributed.all_gather(everyone, own)
-    rows = torch.stack(everyone, dim=1).reshape(-1, 2)[:images].tolist()
-    return [(int(label), probability) for label, probability in rows]
+    return torch.stack(everyone, dim=1).flatten(0, 1)[:images].tolist()
 
 
 def check_predictions(path: str, checkpoint: str) -> None:
@@ -99,24 +102,28 @@ def check_predictions(path: str, checkpoint: str) -> None:
     try:
         convert_to_deit.check_output(path, "--resume", checkpoint)
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            start = file.read(len(",".join(COLUMNS)))
-            if start and start != ",".join(COLUMNS).encode():
+            # Earlier versions wrote fewer columns.
+            start = file.read(len(",".join(COLUMNS[:4])))
+            if start and start != ",".join(COLUMNS[:4]).encode():
                 raise OSError("it is not what --predictions writes; pass another path, or delete "
                               "that file")
     except OSError as error:
         raise UserError(f"--predictions {path}: {error.strerror or error}") from error
 
 
-def write_predictions(path: str, predictions: List[Tuple[int, float]], data: Data, args: Namespace
+def write_predictions(path: str, predictions: List[List[float]], data: Data, args: Namespace
                       ) -> None:
-    """Write a CSV file with a row for each test image, complete or not at all."""
+    """Write a CSV file with a row for each test image, complete or not at all.
+
+    predictions: what ``gather`` returns.
+    """
     with convert_to_deit.atomic_write(path) as file:
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(COLUMNS)
-        for name, label, (predicted, probability) in zip(
+        for name, label, (predicted, *probabilities) in zip(
                 names_of(data.test, args.data_path), data.test.targets, predictions):
-            rows.writerow([name, data.classes[label], data.classes[predicted],
-                           f"{probability:.6f}"])
+            rows.writerow([name, data.classes[label], data.classes[int(predicted)],
+                           *(f"{probability:.6f}" for probability in probabilities)])
         text.flush()
         text.detach()  # atomic_write still needs the file

@@ -17,7 +17,7 @@ from .data import Data, evaluated_on, kind_of_accuracy
 from .errors import UserError, one_line
 from .evaluation import Evaluation, evaluate, gather, worst_classes, write_predictions
 from .narrator import Narrator, saved
-from .run_folder import RunFolder
+from .run_folder import PREDICTIONS, RunFolder
 
 REPLACED = ("build_dataset", "create_model", "create_scheduler", "train_one_epoch", "evaluate")
 
@@ -180,8 +180,9 @@ class Run:
         else:
             began, stats = time.monotonic(), {}
             if self._is_due(self.args.eval_freq):
-                stats = self._evaluate(model, device).stats
-                stats["seconds"] = round(time.monotonic() - began, 2)
+                found = self._evaluate(model, device)
+                self._write_predictions(str(self.folder.path / PREDICTIONS), found)
+                stats = {**found.stats, "seconds": round(time.monotonic() - began, 2)}
             self._end_epoch(stats, sum(parameter.numel() for parameter in model.parameters()
                                        if parameter.requires_grad))
         return {"acc1": 0.0}  # DeiT takes it for its own lines and files, which there are none of
@@ -198,10 +199,14 @@ class Run:
         self.narrator.say(f"{self.start.path}: {self.narrator.in_words(found.stats)} on "
                           f"{evaluated_on(self.data, self.args)}\n"
                           f"worst classes: {worst_classes(found, self.data.classes)}")
+        if self.args.predictions:
+            self._write_predictions(self.args.predictions, found)
+            self.narrator.say(f"predictions: {self.args.predictions}")
+
+    def _write_predictions(self, path: str, found: Evaluation) -> None:
         predictions = gather(found.predictions, len(self.data.test), self.args.world_size)
-        if self.args.predictions and self.args.rank == 0:
-            write_predictions(self.args.predictions, predictions, self.data, self.args)
-            print(f"predictions: {self.args.predictions}")
+        if self.args.rank == 0:
+            write_predictions(path, predictions, self.data, self.args)
 
     def _require_layer_decay(self, parts: Dict[str, Any]) -> None:
         """Raise UserError if this commit of DeiT hides the layers from timm."""

@@ -20,7 +20,9 @@ from .data import TEST_DATA, TEST_IMAGES
 from .errors import UserError
 from .job import Job, Start, differing, unequal
 
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json", "report.png")
+PREDICTIONS = "predictions.csv"  # of the last evaluation
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "run.json", PREDICTIONS,
+             "predictions.png", "report.png")  # the pictures are report.py's
 
 
 # What a run starts from
