@@ -1,4 +1,4 @@
-"""README's commands, as they stand there."""
+"""The commands of README.md and scripts/README.md, as they stand there."""
 import os
 import re
 import shlex
@@ -15,12 +15,13 @@ from launches import DEIT, ROOT, SCRIPTS, TESTS, environment, fork, fork_script,
 
 PARSER = parser_for(mini_deit)
 README = (ROOT / "README.md").read_text()
+BOTH = {ROOT: README, SCRIPTS: (SCRIPTS / "README.md").read_text()}
 
 
-def block(heading, language="bash"):
-    """The first code block of that language below a heading."""
+def blocks(heading, language="bash"):
+    """The code blocks of that language below a heading."""
     section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.search(f"```{language}\n(.*?)```", section, re.DOTALL)[1]
+    return re.findall(f"```{language}\n(.*?)```", section, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (folder / "bin" / "python").chmod(0o755)
-    done = run(folder, block("Quick start"))
+    done = run(folder, blocks("Quick start")[0])
     accuracies = [float(text) for text in re.findall(r"test accuracy ([\d.]+) %", done.stdout)]
     assert len(accuracies) == 3 and accuracies[-1] > 50, done.stdout
     return folder
@@ -49,10 +50,10 @@ def test_the_smoke_test_learns_and_its_result_can_be_used(folder, monkeypatch):
     shutil.copy(image, folder / "cat.jpg")
     (folder / "photos").mkdir()
     shutil.copy(image, folder / "photos")
-    predict, _ = block("Use the result").splitlines()  # the other is in test_use.py
+    predict, _ = blocks("Use the result")[0].splitlines()  # the export is in test_use.py
     run(folder, predict.replace("out/pets", "out/smoke"))
     label = (folder / "labels.csv").read_text().splitlines()[1].split(",")[1]
-    snippet = block("Use the result", "python").replace("out/pets", "out/smoke")
+    snippet = blocks("Use the result", "python")[1].replace("out/pets", "out/smoke")
     (folder / "snippet.py").write_text(snippet)
     monkeypatch.chdir(folder)
     printed = fork_script("snippet.py", variables=environment())
@@ -69,14 +70,20 @@ def test_the_demo(folder):
 
 
 def test_every_link_and_flag_in_readme_exists():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for folder, text in BOTH.items():
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            path, _, heading = target.partition("#")
+            assert (folder / path).exists(), target
+            if heading:
+                headings = re.findall("^## (.*)$", BOTH[SCRIPTS], re.MULTILINE)
+                assert heading in [line.lower().replace(" ", "-").replace(".", "")
+                                   for line in headings], target
     known = "".join(path.read_text() for path in (
         *ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"), TESTS / "generate.py"))
     listed = fork("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
     foreign = {"--gpus-per-node", "--cpus-per-task"}  # sbatch's
-    for flag in set(re.findall(r"(?<![-\w])--[a-z][-\w]+", README)) - foreign:
+    for flag in set(re.findall(r"(?<![-\w])--[a-z][-\w]+", "".join(BOTH.values()))) - foreign:
         assert flag in known + listed, flag
 
 
