@@ -3,7 +3,7 @@
 
     python scripts/export.py --resume out/birds/best_checkpoint.pth --output birds/
 
-Then timm.create_model("local-dir:birds", pretrained=True) makes it, anywhere.
+Then timm.create_model("local-dir:/path/of/birds", pretrained=True) makes it, anywhere.
 """
 import argparse
 import json
@@ -52,8 +52,8 @@ def main() -> None:
                             **preprocessing(finished)}
     write(args.output, model, model_args, {
         "label_names": finished.classes, MARK: provenance.of_weights(args.resume)["crc32"]})
-    print(f"{args.output}: {name} with {len(finished.classes)} classes\n"
-          f'Use it with timm.create_model("local-dir:{args.output}", pretrained=True)')
+    print(f"{args.output}: {name} with {len(finished.classes)} classes\nUse it with "
+          f'timm.create_model("local-dir:{os.path.abspath(args.output)}", pretrained=True)')
 
 
 def check_output(folder: str, checkpoint: str) -> None:
