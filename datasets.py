@@ -152,8 +152,13 @@ def read_image(loader: Callable, path: str) -> Any:
         raise OSError(f"{path} is too large ({int(pixels[0]) / 1e6:.0f} megapixels; Pillow opens "
                       f"{most / 1e6:.0f} at most): scale it down") from error
     except Exception as error:  # Pillow's decoders raise almost anything
-        raise OSError(f"{path} is not readable as an image ({error!r}): replace it (fine-tuning "
-                      "with --check names all such images)") from error
+        why = repr(error) if os.path.exists(path) and os.path.getsize(path) else "it is empty"
+        if isinstance(error, FileNotFoundError):
+            why = "no such file"
+        advice = "replace it (fine-tuning with --check names all such images)"
+        if is_heic(path):
+            advice = HEIC
+        raise OSError(f"{path} is not readable as an image ({why}): {advice}") from error
 
 
 # EXIF's orientation: how to turn the image. Source: the standard's table of tag 274.
@@ -193,6 +198,14 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"its pixels are {pixels.min()} to {pixels.max()}, not 0 to {highest}: "
                          "save it with 8 bits")
     return Image.fromarray((pixels.astype("float64") * (255 / highest)).round().astype("uint8"))
+
+
+HEIC = "convert HEIC to JPEG, or type pip install pillow-heif"
+
+
+def is_heic(path: str) -> bool:
+    """Whether the file is a photo of an iPhone, by its name, which Pillow alone cannot open."""
+    return path.lower().endswith((".heic", ".heif"))
 
 
 def has_usual_ending(path: str) -> bool:
@@ -273,8 +286,7 @@ def _is(question: Callable[[], bool]) -> bool:
 def left_out_in_words(left_out: Counter) -> str:
     """How many files are left out, by ending."""
     endings = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(5))
-    has_heic = {".heic", ".heif"} & {ending.lower() for ending in left_out}
-    advice = "; convert HEIC to JPEG, or type pip install pillow-heif" if has_heic else ""
+    advice = f"; {HEIC}" if any(map(is_heic, left_out)) else ""
     return f"files left out, since they are not usable as images: {endings}{advice}"
 
 

@@ -73,14 +73,15 @@ def parse() -> argparse.Namespace:
 
 def find_images(paths: List[str]) -> List[str]:
     """The paths of all images below the folders, and of the files. Raises UserError."""
-    from datasets import can_open, left_out_in_words, list_images
+    from datasets import can_open, is_heic, left_out_in_words, list_images
 
     found = []
     for path in paths:
         if not os.path.exists(path):
             raise errors.UserError(f"{path}: no such file or folder")
         if os.path.isdir(path):
-            images, left_out = list_images(path, can_open)
+            # A photo that cannot be opened is named, rather than counted.
+            images, left_out = list_images(path, lambda file: can_open(file) or is_heic(file))
             if left_out:
                 print(f"warning: {path}: {left_out_in_words(left_out)}", file=sys.stderr)
             found += images

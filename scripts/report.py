@@ -26,14 +26,15 @@ def report_runs(args: argparse.Namespace) -> None:
     found, notes = runs.find_runs(args.paths)
     if not found:
         sys.exit(f"error: no run found; name the --output_dir of a run; {'; '.join(notes)}")
-    folders = [os.path.dirname(os.path.abspath(run.name)) for run in found]
+    folders = [os.path.abspath(run.name) for run in found]
     beside = Path(os.path.relpath(os.path.commonpath(folders)), "report.png")
     picture = picture_path(args.output, beside)
     groups = runs.groups_of(found)
     rows = table.rows_of(groups)
-    left = len(rows[0]) - len(table.COLUMNS) + 1
-    print(table.as_text(rows, left), table.NOTE, *table.notes_on(found), *notes, sep="\n",
-          flush=True)
+    shown = table.without_empty(rows)
+    left = shown[0].index(table.COLUMNS[0]) + 2
+    print(table.as_text(shown, left), table.meaning_of(shown[0]), *table.notes_on(found), *notes,
+          sep="\n", flush=True)
     finish(args, rows, pictures.draw_curves, groups, picture)
 
 
@@ -124,7 +125,8 @@ def main() -> None:
                              "that --eval --predictions wrote")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="the picture, whose ending tells its format (default: report.png "
-                             "beside the runs; predictions.png beside predictions.csv)")
+                             "in the run's folder, or in the one that has all runs; "
+                             "predictions.png beside predictions.csv)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
     args = parser.parse_args()
     (report_classes if args.classes else report_runs)(args)

@@ -80,28 +80,28 @@ def test_table_without_torch_and_matplotlib(tmp_path):
     assert "absent: not a run" in done.stdout and not list(tmp_path.rglob("*.png"))
 
 
-NAMES = ("data set", "epochs", "best %", "last %", "95 % interval", "per class %", "published %",
+NAMES = ("data set", "epochs", "best %", "last %", "95 % from", "95 % to", "per class %", "published %",
          "vs. published", "training time")
 
 
 @pytest.mark.parametrize("options, row, note", [
-    ({}, "pets|4 of 4|90.00|89.50|81.53-94.27|88.00|93.2|-3.70|0:04:09", ""),
+    ({}, "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|93.2|-3.70|0:04:09", ""),
     ({"not_comparable": "no recipe launched it"},
-     "pets|4 of 4|90.00|89.50|81.53-94.27|88.00|93.2|-|0:04:09", "one: not compared, since no"),
+     "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|93.2|-|0:04:09", "one: not compared, since no"),
     ({"data_set": "folder", "published": None, "not_comparable": "nothing was published"},
-     "folder|4 of 4|90.00|89.50|81.53-94.27|88.00|-|-|0:04:09", ""),
+     "folder|4 of 4|90.00|89.50|81.53|94.27|88.00|-|-|0:04:09", ""),
     ({"parent": {"path": "/b.pth"}, "not_comparable": "it continues"},
-     "pets|4 of 4|90.00|89.50|81.53-94.27|88.00|93.2|-|0:04:09", "not counted among seeds"),
+     "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|93.2|-|0:04:09", "not counted among seeds"),
     ({"hold_out": 0.2, "published": None, "not_comparable": "nothing was published"},
-     "pets, held-out|4 of 4|90.00|89.50|81.53-94.27|88.00|-|-|0:04:09", ""),
+     "pets, held-out|4 of 4|90.00|89.50|81.53|94.27|88.00|-|-|0:04:09", ""),
     ({"log": epoch_line(0, 90.0)},
-     "pets|1 of 4|90.00|90.00|82.13-94.63|-|93.2|-|0:01:03", ""),
+     "pets|1 of 4|90.00|90.00|82.13|94.63|-|93.2|-|0:01:03", ""),
     ({"log": epoch_line(0, 80.0) + "\0\0\n[1]\n{}\n" + epoch_line(1, 70.0)[:30]},
-     "pets|1 of 4|80.00|80.00|70.64-86.93|-|93.2|-|0:01:03", ""),
+     "pets|1 of 4|80.00|80.00|70.64|86.93|-|93.2|-|0:01:03", ""),
     ({"log": '{"epoch": 0, "test_acc1": "high", "train_seconds": [1]}'},
-     "pets|1 of 4|-|-|-|-|93.2|-|-", ""),
-    ({"log": epoch_line(0)}, "pets|1 of 4|-|-|-|-|93.2|-|0:01:00", ""),
-    ({"log": ""}, "pets|0 of 4|-|-|-|-|93.2|-|-", ""),
+     "pets|1 of 4|-|-|-|-|-|93.2|-|-", ""),
+    ({"log": epoch_line(0)}, "pets|1 of 4|-|-|-|-|-|93.2|-|0:01:00", ""),
+    ({"log": ""}, "pets|0 of 4|-|-|-|-|-|93.2|-|-", ""),
 ], ids=["recipe", "no recipe", "own images", "continued", "held out", "unfinished", "damaged",
         "not ours", "not evaluated", "empty"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):
@@ -119,7 +119,7 @@ def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note,
 def test_a_log_alone_as_plain_deit_leaves_it(facts, tmp_path):
     (make_run(tmp_path / "one") / "run.json").write_text(facts)
     (row,) = table_of(tmp_path)
-    assert "|".join(row[name] for name in NAMES) == "-|4 of -|90.00|89.50|-|88.00|-|-|0:04:09"
+    assert "|".join(row[name] for name in NAMES) == "-|4 of -|90.00|89.50|-|-|88.00|-|-|0:04:09"
 
 
 def test_a_log_that_two_runs_appended_to_is_the_last_one(tmp_path):
@@ -188,6 +188,16 @@ def test_seeds_are_one_row_and_what_varies_are_columns(tmp_path):
     assert subjects == sorted(subjects, key=subjects.index)
 
 
+def test_of_equal_accuracies_the_lower_loss_comes_first_and_no_accuracy_last(tmp_path):
+    """Such as that of the run on all images, which --eval-freq 0 never evaluated."""
+    for rate, loss in ((0.1, 0.5), (0.2, 0.3), (0.3, 0.4)):
+        row = {"epoch": 0, "test_acc1": 90.0, "test_loss": loss}
+        make_run(tmp_path / f"rate{rate}", json.dumps(row), lr=rate, hold_out=0.2)
+    make_run(tmp_path / "all", epoch_line(0), lr=0.2)
+    assert [row["folders"].rpartition("/")[2] for row in table_of(tmp_path)] == [
+        "rate0.2", "rate0.3", "rate0.1", "all"]
+
+
 def test_the_curve_of_seeds_is_their_mean(tmp_path):
     group = Group([LoggedRun(make_run(tmp_path / f"{last}", last=last)) for last in (80.0, 90.0)])
     epochs, means, deviations = group.curve("test_acc1")
@@ -206,10 +216,12 @@ def test_one_picture_of_all_runs(tmp_path):
     with Image.open(str(tmp_path / "out" / "report.png")) as image:
         image.load()
         assert image.format == "PNG" and 1300 <= image.width <= 2600
+    make_run(tmp_path / "out" / "all", epoch_line(0))  # its panel would be empty
+    assert "picture: out/all/report.png" in report("out/all", **options).stdout
     for number in range(24):
         make_run(tmp_path / "out" / f"run{number}", lr=number // 2, seed=number)
     done = report("out", "--output", "here.svg", **options)
-    assert "grey: 8 with lower" in (tmp_path / "here.svg").read_text(), done.stderr
+    assert "grey: 9 with lower" in (tmp_path / "here.svg").read_text(), done.stderr
     for output in ("here.no_such_format", "/nowhere/a.png"):
         assert output in error_of(report("out/going", "--output", output, **options), status=1)
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 from argparse import Namespace
 from multiprocessing.pool import ThreadPool
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import numpy
 from PIL import Image
@@ -53,7 +53,6 @@ def check(found: Any) -> int:
         ask("brightness", looked_at.brightness)
         if images.train is not None:
             ask("classes", images_per_class, images)
-        if images.train is not None and images.test is not None:
             ask("duplicates", looked_at.duplicates)
     print(f"not ready: {count(len(problems), 'problem')}" if problems else "ready")
     return REFUSED if problems else 0
@@ -82,7 +81,7 @@ class Images:
                        if split is not None}
         for split in self.splits.values():
             split.transform = None  # decoding is enough
-        self.paths = {name: {} for name in self.splits}  # by checksum of the pixels
+        self.places = {}  # of each image: (split, label, path), by checksum of the pixels
 
     def decode(self) -> str:
         """Decode every image. Raises UserError with a list of the broken ones."""
@@ -103,11 +102,11 @@ class Images:
         name, index = item
         split = self.splits[name]
         try:
-            image, _ = split[index]
+            image, label = split[index]
             if hasattr(split, "samples"):
                 path, _ = split.samples[index]
                 pixels = hashlib.md5(repr(image.size).encode() + image.tobytes()).digest()
-                self.paths[name].setdefault(pixels, path)
+                self.places.setdefault(pixels, []).append((name, label, path))
                 with Image.open(path) as file:
                     if file.mode.startswith("I") and numpy.asarray(file).max() < 2**14:
                         self.dark.append(path)
@@ -125,17 +124,22 @@ class Images:
                 f"{first_five(names)}")
 
     def duplicates(self) -> str:
-        """Describe which images to evaluate on are also train images, with equal pixels."""
+        """Describe which images, by their pixels, are in two classes, or in train and test."""
         if not all(hasattr(split, "samples") for split in self.splits.values()):
             return "not checked: this data set does not store one file per image"
-        train, test = self.paths["train"], self.paths["test"]
-        pairs = [" = ".join(os.path.relpath(paths[pixels], self.args.data_path)
-                            for paths in (test, train)) for pixels in test if pixels in train]
-        if not pairs:
-            return "no image to evaluate on is also a train image"
-        are = "is also a train image" if len(pairs) == 1 else "are also train images"
-        return (f"warning: {count(len(pairs), 'image')} to evaluate on {are}, which makes the "
-                f"accuracy too high: {first_five(pairs)}")
+        repeated = [sorted(places) for places in self.places.values() if len(places) > 1]
+        leaked = [places for places in repeated if len({split for split, _, _ in places}) > 1]
+        unclear = [places for places in repeated if len({label for _, label, _ in places}) > 1]
+        warnings = [f"{count(len(found), 'image')} {what}: {first_five(map(self._names, found))}"
+                    for found, what in (
+                        (leaked, "both to train and to evaluate on, which makes the accuracy too "
+                                 "high"), (unclear, "in more than one class")) if found]
+        if warnings:
+            return f"warning: {'; '.join(warnings)}"
+        return "no image is in two classes, or both to train and to evaluate on"
+
+    def _names(self, places: List[Tuple[str, int, str]]) -> str:
+        return " = ".join(os.path.relpath(path, self.args.data_path) for _, _, path in places)
 
 
 def images_per_class(images: Data) -> str:
@@ -143,6 +147,8 @@ def images_per_class(images: Data) -> str:
     numbers = numpy.bincount(images.train.targets, minlength=len(images.classes))
     few = [name for name, number in zip(images.classes, numbers) if number < 2]
     least, most = numbers.argmin(), numbers.argmax()
-    text = (f"class {images.classes[least]} has {numbers[least]} train images, class "
-            f"{images.classes[most]} has {numbers[most]}")
+    text = f"each class has {numbers[least]} train images"
+    if numbers[least] < numbers[most]:
+        text = (f"class {images.classes[least]} has {numbers[least]} train images, class "
+                f"{images.classes[most]} has {numbers[most]}")
     return f"warning: {text}; fewer than two: {first_five(few)}" if few else text

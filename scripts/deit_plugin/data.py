@@ -10,7 +10,15 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy
 
-from datasets import DATA_SETS, ClassFolders, DataSet, build_dataset, build_transform, split_of
+from datasets import (
+    DATA_SETS,
+    ClassFolders,
+    DataSet,
+    build_dataset,
+    build_transform,
+    first_five,
+    split_of,
+)
 
 from .errors import UserError, one_line
 
@@ -109,6 +117,8 @@ def _load_split(is_train: bool, args: Namespace) -> Any:
         if missing and not advice and not row.downloads(args) and args.eval and args.hold_out:
             advice = (f"--hold-out {args.hold_out}, as in the checkpoint's run, evaluates on train "
                       "images: pass --hold-out 0 to evaluate on test images")
+        if missing and not advice and args.data_set != "folder" and any(root.glob("train/*/*")):
+            advice = "it has train/CLASS/, so pass --data-set folder"
         if advice:
             raise UserError(f"{missing[0]} is missing; {advice}")
         return build_dataset(is_train, args)[0]
@@ -211,6 +221,14 @@ def count(number: int, what: str) -> str:
     """'1 process', '2 processes'."""
     plural = "es" if what.endswith("s") else "s"
     return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def nested_in_words(dataset: Any) -> str:
+    """Which class folders have folders in them, whose images are used, too; "" if none has."""
+    nested = {os.path.relpath(os.path.dirname(path), dataset.root) for path, _ in dataset.samples}
+    nested = sorted(folder for folder in nested if os.sep in folder)
+    return (f"images of a folder in a class folder belong to that class: {first_five(nested)}"
+            if nested else "")
 
 
 def kind_of_accuracy(args: Namespace) -> str:

@@ -50,9 +50,10 @@ def import_main() -> ModuleType:
         raise
     except Exception as error:  # versions that do not fit can raise anything
         raise UserError(f"cannot import DeiT from {checkout} with the bundle in {BUNDLE}: "
-                        f"{type(error).__name__}: {one_line(error)}; copy all files that README.md "
-                        f"names, datasets.py too; for versions that work, type {sys.executable} -m "
-                        "pip install -r requirements.txt (torch before 2.3 needs 'numpy<2')"
+                        f"{type(error).__name__}: {one_line(error)}; activate the environment "
+                        f"that has the requirements, or type {sys.executable} -m pip install -r "
+                        "requirements.txt (torch before 2.3 needs 'numpy<2'); copy all files that "
+                        "README.md names, datasets.py too"
                         ) from error
     skip_pretrained_cfg(main)
     return main

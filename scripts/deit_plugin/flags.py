@@ -142,9 +142,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raise UserError."""
-        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        near = difflib.get_close_matches(unknown, [*self._option_string_actions, "--help"], 1)
-        hint = f"did you mean {near[0]}?" if near else "--all-flags lists the flags"
+        words = message.partition("unrecognized arguments: ")[2].split(" ")
+        known = [*self._option_string_actions, "--help"]
+        near = [match for word in words if word.startswith("--")
+                for match in difflib.get_close_matches(word.partition("=")[0], known, 1, 0.7)]
+        hint = f"did you mean {' and '.join(near)}?" if near else "--all-flags lists the flags"
+        if words[0] and not words[0].startswith("-"):
+            hint = "put names with blanks in quotes"
         raise UserError(f"{message}; {hint}")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from datasets import left_out_in_words
 
-from .data import Data, count, evaluated_on, kind_of_accuracy
+from .data import Data, count, evaluated_on, kind_of_accuracy, nested_in_words
 from .data import describe as describe_data
 from .flags import ACCURACIES
 from .job import BATCH, STEPS, Job
@@ -25,6 +25,8 @@ def describe(job: Job, data: Data) -> str:
     left_out = sum((getattr(split, "left_out", Counter()) for split in splits), Counter())
     if left_out:
         lines.append(left_out_in_words(left_out))
+    if args.data_set == "folder" and data.train is not None:
+        lines += filter(None, [nested_in_words(data.train)])
     if job.published:
         lines.append("settings that differ from the published recipe: "
                      f"{', '.join(job.differs) or 'none'}")
@@ -41,10 +43,7 @@ def describe(job: Job, data: Data) -> str:
         *([f"output: {args.output_dir}"] if args.output_dir else []),  # --check needs none
         f"effective batch size: {_describe_batch(job)}",
         f"learning rate: {_describe_rate(job)}",
-        f"evaluation on {evaluated_on(data, args)}"
-        + f" every {count(args.eval_freq, 'epoch')}" * (args.eval_freq > 0) + ", "
-        f"checkpoint.pth every {count(args.save_freq, 'epoch')} and when the accuracy is the best "
-        "so far", *lines])
+        _describe_evaluation(data, args), *lines])
 
 
 def _describe_start(job: Job) -> str:
@@ -66,6 +65,14 @@ def _describe_batch(job: Job) -> str:
             f"images{accumulated}; {count(job.settings[STEPS], 'step')} per epoch")
 
 
+def _describe_evaluation(data: Data, args: Namespace) -> str:
+    saved = f"checkpoint.pth every {count(args.save_freq, 'epoch')} and after the last"
+    if not args.eval_freq:
+        return f"no evaluation; {saved}"
+    return (f"evaluation on {evaluated_on(data, args)} every {count(args.eval_freq, 'epoch')}; "
+            f"{saved}, and when the accuracy is the best so far")
+
+
 def _describe_rate(job: Job) -> str:
     args, rate, text = job.args, job.args.lr, f"{job.args.lr:g}"
     if not getattr(args, "unscale_lr", False):  # which only DeiT HEAD has
@@ -81,7 +88,8 @@ class Narrator:
     """Prints in rank 0, for all processes. Its clock starts when it is made."""
 
     def __init__(self, job: Job) -> None:
-        self.args, self.first_epoch, self.began = job.args, job.start.epoch, time.monotonic()
+        self.job, self.args, self.first_epoch = job, job.args, job.start.epoch
+        self.began = time.monotonic()
         self.seconds_before = sum(row.get("train_seconds", 0) + row.get("test_seconds", 0)
                                   for row in job.start.rows)
 
@@ -118,9 +126,11 @@ class Narrator:
 
     def in_words(self, stats: Dict[str, float], prefix: str = "") -> str:
         """The accuracies and the loss of an evaluation."""
-        names = ("acc1", "acc5", "acc_per_class", "loss")
-        return (kind_of_accuracy(self.args) + " {:.2f} %, top-5 {:.2f} %, mean per class {:.2f} %, "
-                "loss {:.4f}".format(*(stats[prefix + name] for name in names)))
+        acc1, acc5, acc_per_class, loss = (
+            stats[prefix + name] for name in ("acc1", "acc5", "acc_per_class", "loss"))
+        top_5 = f"top-5 {acc5:.2f} %, " if len(self.job.classes) > 5 else ""
+        return (f"{kind_of_accuracy(self.args)} {acc1:.2f} %, {top_5}mean per class "
+                f"{acc_per_class:.2f} %, loss {loss:.4f}")
 
 
 def saved(args: Namespace, epochs: int) -> str:

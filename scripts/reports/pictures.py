@@ -24,45 +24,60 @@ SIDE, MOST_NAMES, MOST_COUNTS, LONGEST_NAME = 0.15, 110, 25, 30
 def draw_curves(groups: List[Group], path: Path) -> None:
     """Write a picture with the groups' curves: the mean over seeds, in a band of ± its deviation.
 
-    The accuracies of each data set have a panel. The best groups of each have a colour; all others
-    are grey. Raises ImportError, OSError, ValueError.
+    The accuracies of each data set that was evaluated have a panel. The best groups of each have a
+    colour; all others are grey. Raises ImportError, OSError, ValueError.
     """
     matplotlib, style = _matplotlib()
-    subjects = list(dict.fromkeys(group.subject for group in groups))
-    most = max(1, MOST_COLOURS // len(subjects)) if len(groups) > MOST_COLOURS else MOST_COLOURS
-    places = Counter()  # of the groups, which are sorted by accuracy
-    chosen, others = [], []
-    for group in groups:
-        (chosen if places[group.subject] < most else others).append(group)
-        places[group.subject] += 1
+    evaluated = [group for group in groups if group.mean(lambda run: run.last) is not None]
+    subjects = list(dict.fromkeys(group.subject for group in evaluated or groups))
+    coloured = _best_of_each(groups)
+    labels = _labels(coloured)
+    grey = [group for group in groups if group not in coloured]
     rows = range(len(subjects) * len(PANELS))
     with style.context(STYLE, after_reset=True):
-        height = max(8, 3 * len(subjects) + len(chosen) / 6)
+        height = max(8, 3 * len(subjects) + len(coloured) / 6)
         figure = matplotlib.figure.Figure(figsize=(13, height))
         panels = figure.subplot_mosaic(
             [[f"accuracy {subjects[row // len(PANELS)]}", list(PANELS)[row // len(subjects)]]
              for row in rows], gridspec_kw={"width_ratios": (1.8, 1)})
-        labels = _labels(chosen)
         for key, panel in panels.items():
-            drawn = [group for group in groups if key in PANELS or key[9:] == group.subject]
-            for group in [*others, *chosen]:
-                if group in drawn:
-                    _draw_curve(panel, group, key if key in PANELS else "test_acc1", labels)
+            drawn = [group for group in [*grey, *coloured]
+                     if key in PANELS or key[9:] == group.subject]
+            for group in drawn:
+                _draw_curve(panel, group, key if key in PANELS else "test_acc1", labels)
+                if key not in PANELS and group.first.is_of_recipe:
+                    panel.axhline(group.first.published, color="#555555", linestyle="--")
             panel.set(title=_title(key, drawn), xlabel="epoch")
             panel.xaxis.set_major_locator(
                 matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
-        comparable = [group for group in groups if group.first.is_of_recipe]
-        for group in comparable:
-            panels[f"accuracy {group.subject}"].axhline(group.first.published, color="#555555",
-                                                        linestyle="--", linewidth=1)
-        said = ["dashed: published by MoCo v3's authors"] * bool(comparable)
-        said += ["band: ± the deviation over seeds"] * any(len(group.runs) > 1 for group in groups)
-        said += [f"grey: {len(others)} with lower accuracies"] * bool(others)
         handles = {label: handle for panel in panels.values() for handle, label
                    in zip(*panel.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2,
-                      title="; ".join(said), fontsize="small" if len(handles) > 6 else None)
+                      title=_key_of(groups, grey), fontsize="small" if len(handles) > 6 else None)
         _save(figure, path)
+
+
+def _best_of_each(groups: List[Group]) -> List[Group]:
+    """The groups that have a colour: all, or as many of the best of each subject as there are."""
+    most, places, best = MOST_COLOURS, Counter(), []
+    if len(groups) > MOST_COLOURS:
+        most = max(1, MOST_COLOURS // len({group.subject for group in groups}))
+    for group in groups:  # which are sorted by accuracy
+        places[group.subject] += 1
+        best += [group] if places[group.subject] <= most else []
+    return best
+
+
+def _key_of(groups: List[Group], grey: List[Group]) -> str:
+    """What lines mean that are not in the legend."""
+    said = []
+    if any(group.first.is_of_recipe for group in groups):
+        said.append("dashed: published by MoCo v3's authors")
+    if any(len(group.runs) > 1 for group in groups):
+        said.append("band: ± the deviation over seeds")
+    if grey:
+        said.append(f"grey: {len(grey)} with lower accuracies")
+    return "; ".join(said)
 
 
 def _draw_curve(panel: Any, group: Group, key: str, labels: Dict[int, str]) -> None:

@@ -153,7 +153,10 @@ def wilson(share: float, images: int) -> Tuple[float, float]:
 
 
 def groups_of(runs: List[LoggedRun]) -> List[Group]:
-    """The runs in groups: by data set and kind of images, then the highest last accuracy first."""
+    """The runs in groups: by data set and kind of images, then the highest last accuracy first.
+
+    Of equal accuracies, the lower loss comes first; what was never evaluated, at the end.
+    """
     by_settings, groups = {}, []
     for run in runs:
         # A run that continues another one may have begun with another seed.
@@ -166,8 +169,12 @@ def groups_of(runs: List[LoggedRun]) -> List[Group]:
         groups.append(Group([run]))
     groups += [Group(list(seeds.values())) for seeds in by_settings.values()]
     subjects = [Group([run]).subject for run in runs]
-    return sorted(groups, key=lambda group: (
-        subjects.index(group.subject), -(group.mean(lambda run: run.last) or -1)))
+
+    def place(group: Group) -> tuple:
+        last, (_, losses, _) = group.mean(lambda run: run.last), group.curve("test_loss")
+        return last is None, subjects.index(group.subject), -(last or 0), losses[-1:]
+
+    return sorted(groups, key=place)
 
 
 def varying_settings(groups: List[Group]) -> List[str]:

@@ -4,29 +4,36 @@ from typing import List, Optional
 
 from .runs import Group, LoggedRun, varying_settings
 
-COLUMNS = ("data set", "seeds", "epochs", "last %", "± last", "95 % interval", "best %", "± best",
-           "per class %", "published %", "vs. published", "training time")
-NOTE = ("last and per class (the mean of the classes' accuracies): the last evaluation. best: of "
-        "all evaluations, so it was chosen on the images that it is measured on. ±: the standard "
-        "deviation over seeds (n - 1). 95 % interval: of last, by Wilson, for that number of "
-        "images. published: by MoCo v3's authors, not run here; compared with last in finished "
-        "runs of the recipe. training time: of one run, with evaluation.")
+COLUMNS = ("data set", "seeds", "epochs", "last %", "± last", "95 % from", "95 % to", "best %",
+           "± best", "per class %", "published %", "vs. published", "training time")
+# What columns mean, if they are there.
+NOTES = {
+    "last %": "last: the last evaluation",
+    "± last": "±: the standard deviation over seeds (n - 1)",
+    "95 % from": "95 % from, to: Wilson's interval of last, for that number of images; rows whose "
+                 "intervals overlap may not differ",
+    "best %": "best: of all evaluations, so it was chosen on the images that it is measured on",
+    "per class %": "per class: the mean of the classes' accuracies",
+    "published %": "published: by MoCo v3's authors, not run here; compared with last in finished "
+                   "runs of the recipe",
+    "training time": "training time: of one run, with evaluation"}
 
 
 def rows_of(groups: List[Group]) -> List[List[str]]:
     """The table: a header, then for each group the settings that vary, COLUMNS and its folders."""
     varying = varying_settings(groups)
-    header = [*(name.replace("_", " ") for name in varying), *COLUMNS, "folders"]
+    header = [*(name.replace("_", " ").replace(" of the names and labels", "") for name in varying),
+              *COLUMNS, "folders"]
     return [header, *([*map(group.setting, varying), *cells(group),
                        ", ".join(run.name for run in group.runs)] for group in groups)]
 
 
 def cells(group: Group) -> List[str]:
     """A text for each of COLUMNS."""
-    run, interval = group.first, group.interval()
+    run = group.first
     return [group.subject, group.seeds(), f"{run.done} of {run.planned}",
             number(group.mean(lambda run: run.last)), number(group.deviation(lambda run: run.last)),
-            "{:.2f}-{:.2f}".format(*interval) if interval else "-",
+            *map(number, group.interval() or (None, None)),
             number(group.mean(lambda run: run.best)), number(group.deviation(lambda run: run.best)),
             number(group.mean(lambda run: run.per_class)), number(run.published, ".1f"),
             number(group.above_published(), "+.2f"),
@@ -44,15 +51,22 @@ def duration(seconds: float) -> str:
 
 
 def as_text(rows: List[List[str]], left: int) -> str:
-    """The rows as lines, without columns that say nothing.
-
-    The first ``left`` columns and the last one stand to the left.
-    """
-    columns = [column for column in zip(*rows) if set(column[1:]) != {"-"}]
+    """The rows as lines. The first ``left`` columns and the last one stand to the left."""
+    columns = list(zip(*rows))
     sides = "<" * left + ">" * (len(columns) - left - 1) + "<"
     columns = [[f"{cell:{side}{max(map(len, column))}}" for cell in column]
                for side, column in zip(sides, columns)]
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
+
+
+def without_empty(rows: List[List[str]]) -> List[List[str]]:
+    """The rows without columns that say nothing."""
+    return list(zip(*(column for column in zip(*rows) if set(column[1:]) != {"-"})))
+
+
+def meaning_of(header: List[str]) -> str:
+    """What the columns mean."""
+    return "\n".join(note for name, note in NOTES.items() if name in header)
 
 
 def notes_on(runs: List[LoggedRun]) -> List[str]:
