@@ -34,9 +34,10 @@ if [[ $shown =~ JobId=$job\ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+) ]]; then
     set -- "${@//%a/${BASH_REMATCH[2]}}"
 fi
 # Slurm runs a copy of this file in its spool folder, but knows the path that was submitted.
-submitted=${shown##*Command=}
+submitted=${shown##*Command=} submitted=${submitted%%$'\n'*}
+[[ $submitted == /* ]] || submitted=$SLURM_SUBMIT_DIR/$submitted
 scripts=${submitted%%/slurm.sh*} recipe=$(basename -- "${1:-}" .sh)
-[[ $submitted == /*/slurm.sh* ]] || refuse "neither salloc nor --wrap can run this: $usage"
+[[ $submitted == */slurm.sh* ]] || refuse "neither salloc nor --wrap can run this: $usage"
 [[ -e $scripts/$recipe.sh ]] || refuse "no recipe '${1:-}' in $scripts: $usage"
 output_dir="" previous=""
 for word; do
