@@ -132,8 +132,9 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     ("--data-set imagenet --train-interpolation no_such", "no_such"),
     ("--data-set cifar10 --data-path=~/cifar", "cannot download"),
     ({"NPROC_PER_NODE": "abc"}, "NPROC_PER_NODE=abc"), ({"NNODES": "0"}, "NNODES=0"),
-    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: must be .* from 0 to 1"),
-    ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT=b:"),
+    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "::1"}, "NODE_RANK=2: .* from 0 to 1"),
+    ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "b"}, "MASTER_PORT=b:"),
+    ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "no host"}, "MASTER_ADDR=no host: .* known"),
     ({"PYTHON": "/no/python"}, "/no/python"), ({"DEIT_DIR": None}, "DEIT_DIR.*git clone"),
     ({"DEIT_DIR": "/nowhere"}, "DEIT_DIR=/nowhere.*git clone"),
 ])

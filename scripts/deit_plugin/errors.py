@@ -4,6 +4,7 @@ import ctypes
 import errno
 import multiprocessing.queues
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,9 @@ LAUNCHER = "FINETUNE_LAUNCHER_PID"
 FIRST_FAILURE = "FINETUNE_FIRST_FAILURE"  # path of a file that the first process to fail creates
 STATUS = "FINETUNE_STATUS"  # path of a file that says how much of the run is saved
 REFUSED = 2  # exit status before training, as with argparse; later it is 1
+# What gloo, NCCL and torch's store say when a machine was killed, has failed or is not there.
+LOST = ("time.?out|timed out|connection (closed|reset|refused)|broken pipe|failed to connect|"
+        "remote process")
 PATIENCE = 4  # seconds in which torch's launcher notices that another process was killed
 
 
@@ -39,12 +43,14 @@ def guard(run: Callable[[], None]) -> None:
     except UserError as error:
         _fail("\n".join(f"error: {line}" for line in error.args), REFUSED)
     except ImportError as error:
-        _fail(f"error: {error}; type {sys.executable} -m pip install -r requirements.txt", REFUSED)
+        _fail(f"error: {error}; activate the environment that has it (for Slurm before sbatch), or "
+              f"type {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
         if line is None and FIRST_FAILURE in os.environ:
             # If another process was killed, the launcher says so and ends this one meanwhile.
             time.sleep(PATIENCE)
+            line = _not_connected(error)
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
 
 
@@ -173,6 +179,18 @@ def _known_cause(error: Exception) -> Optional[str]:
         return f"disk full: {error.filename or last}: make room and launch again"
     if isinstance(error, (OSError, FloatingPointError)):  # the latter from Run.train_one_epoch
         return last.split("OSError: ")[-1]  # a data worker's comes with its whole traceback
+    return None
+
+
+def _not_connected(error: Exception) -> Optional[str]:
+    """One line for an error of torch's about other processes or machines; None for any other."""
+    first = (str(error).splitlines() or [""])[0]
+    if re.search("EADDRINUSE|ddress already in use", first):
+        return (f"a port is in use on this machine ({first}): launch again, on several machines "
+                "with another MASTER_PORT")
+    if isinstance(error, RuntimeError) and re.search(LOST, first, re.IGNORECASE):
+        return (f"another machine or process has ended or does not answer ({first}): see its "
+                "output, and launch on all machines again")
     return None
 
 

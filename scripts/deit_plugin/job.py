@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 from datasets import DATA_SETS, first_five, telling_apart
 
-from . import flags
+from . import flags, provenance
 from .data import TEST_DATA, TEST_IMAGES, TRAIN_DATA, TRAIN_IMAGES, Data, checksum
 from .errors import UserError
 from .flags import BATCHED, LEARNT, PROCESSES, SHARED, Given, flag_of
@@ -106,6 +106,7 @@ def for_deit(job: Job) -> Namespace:
 def shared(job: Job) -> Dict[str, Any]:
     """What must be the same on all machines of a run, by name."""
     return {**flags.with_role(job.args, LEARNT, BATCHED, SHARED), **job.settings,
+            **provenance.decisive(job.launch),
             "first epoch": job.start.epoch + 1,
             "checksum of the pretrained file": job.start.origin["crc32"],
             "checksum of the run to continue": (job.start.parent or {}).get("crc32")}

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 # 107 characters (unix(7)), of which Python's own names take about 35 and the launch's folder 18.
 LONGEST_TEMPORARY_FOLDER = 50
 LOCK = "finetune-launcher.lock"
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+WAIT = 15  # minutes in which all machines must have started
 
 
 class Machines(NamedTuple):
@@ -64,6 +67,11 @@ def find_machines(environment: Mapping[str, str], default: int) -> Machines:
             problems.append("MASTER_ADDR is missing: set it to the first machine's address")
         found = Machines(processes, nodes, number("NODE_RANK", -1, 0, nodes - 1), address,
                          number("MASTER_PORT", 29500, 1, 65535))
+        try:
+            socket.getaddrinfo(address, found.port)
+        except (OSError, UnicodeError) as error:  # torch would try it again until WAIT is over
+            problems.append(f"MASTER_ADDR={address}: {errors.one_line(error)}: set it to the "
+                            "first machine's address, as this machine knows it")
     if problems:
         raise UserError(*problems)
     return found
@@ -96,6 +104,8 @@ def require_gpus(device: str, machines: Machines, is_check: bool) -> str:
 def prepare() -> None:
     """Forget what would mislead torch, before it is imported; keep ignored signals ignored."""
     _keep_ignored_signals()
+    # What torch's launcher logs in C++, it also raises. Workers log their errors: see launch.
+    os.environ.setdefault(LOG_LEVEL, "FATAL")
     for name in list(os.environ):
         # PET_* is set in a Kubernetes pod, and torch's launcher takes it for flags.
         if name.startswith("PET_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -145,7 +155,10 @@ def command(machines: Machines, folder: str) -> List[str]:
     try:
         import torch.distributed.run  # noqa: F401
 
-        module = ["torch.distributed.run", "--monitor_interval", "0.1"]  # seconds
+        # torch 2.4 and newer try twice to reach the first machine, with pauses of up to 90 seconds.
+        wait = 60 * WAIT if not machines.node_rank else 27 * WAIT
+        module = ["torch.distributed.run", "--monitor_interval", "0.1",  # all in seconds
+                  "--rdzv_conf", f"timeout={wait}"]
     except ImportError:  # before torch 1.9
         module = ["torch.distributed.launch", "--use_env"]
     return [sys.executable, "-m", *module, "--nproc_per_node", str(machines.processes),
@@ -166,11 +179,14 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
     signal.signal(signal.SIGINT, lambda *_: interrupted(args, machines))  # until torch handles it
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    if os.environ[LOG_LEVEL] == "FATAL":
+        os.environ[LOG_LEVEL] = "ERROR"
+    _, _, module, *sys.argv[1:] = command(machines, folder)
     if machines.nodes > 1:
         others = "machine 1" if machines.node_rank else f"{machines.nodes - 1} more"
+        minutes = WAIT if module.endswith("run") else 30  # in init_process_group
         print(f"This is machine {machines.node_rank + 1} of {machines.nodes}, waiting for {others} "
-              f"at {machines.address}:{machines.port}", flush=True)
-    _, _, module, *sys.argv[1:] = command(machines, folder)
+              f"at {machines.address}:{machines.port}, at most {minutes} minutes", flush=True)
     if machines.nodes > 1 and module.endswith("run"):
         # torch waits for the others in C++, where no handler of Python's runs, so that Ctrl-C has
         # to end this process without our line. Once its processes have started, torch handles the
@@ -186,7 +202,7 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
                 interrupted(args, machines)
             return 128 + error.sigval
         if not hasattr(error, "get_first_failure"):  # ChildFailedError
-            raise
+            raise  # such as one of errors.not_connected
         rank, failure = error.get_first_failure()
         who, status = f"rank {rank}", failure.exitcode
     if status >= 0:  # the process has said why

@@ -5,6 +5,7 @@ import platform
 import re
 import socket
 import subprocess
+import sys
 import zipfile
 import zlib
 from argparse import Namespace
@@ -20,6 +21,7 @@ from . import deit
 
 LONGEST = 2**16
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL")
+DECISIVE = PACKAGES[:3]  # other versions of these train another model
 
 
 def of_launch(command: str) -> Dict[str, Any]:
@@ -28,7 +30,7 @@ def of_launch(command: str) -> Dict[str, Any]:
         "started": now(), "ended": None,
         "command": command,
         "versions": versions(), "packages": packages(),
-        "deit": of_checkout(deit.folder(), "main.py"),
+        "deit": {**of_checkout(deit.folder(), "main.py"), "crc32": of_deit()},
         "bundle": {**of_checkout(deit.BUNDLE, "scripts/finetune.py"), "crc32": of_bundle()},
     }
 
@@ -50,9 +52,27 @@ def of_bundle() -> str:
     """Checksum of this bundle's own Python files, which may have been copied without their git."""
     files = [path for pattern in ("scripts/*.py", "scripts/deit_plugin/*.py")
              for path in deit.BUNDLE.glob(pattern)]
-    files += [deit.BUNDLE / f"{name}.py" for name in deit.OURS]
-    content = repr([(path.name, path.read_bytes()) for path in sorted(files)])
+    return _of_files(files + [deit.BUNDLE / f"{name}.py" for name in deit.OURS])
+
+
+def of_deit() -> str:
+    """Checksum of DeiT's own Python files, of those that ``deit.import_main`` has imported."""
+    return _of_files([path for path in deit.folder().glob("*.py")
+                      if path.stem in sys.modules and path.stem not in deit.OURS])
+
+
+def _of_files(paths: List[Path]) -> str:
+    content = repr(sorted((path.name, path.read_bytes()) for path in paths))
     return f"{zlib.crc32(content.encode()):08x}"
+
+
+def decisive(launch: Dict[str, Any]) -> Dict[str, Any]:
+    """What of ``of_launch`` must be the same on all machines, by name."""
+    return {"checksum of this bundle's code": launch["bundle"]["crc32"],
+            "checksum of DeiT's code": launch["deit"]["crc32"],
+            # without the build, as in 2.6.0+cu124
+            **{f"version of {name}": str(launch["versions"][name]).split("+")[0]
+               for name in DECISIVE}}
 
 
 def of_process(args: Namespace) -> Dict[str, str]:
@@ -63,6 +83,18 @@ def of_process(args: Namespace) -> Dict[str, str]:
         cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
         device = cpu[1] if cpu else platform.machine()
     return {"host": socket.gethostname(), "device": device}
+
+
+def in_words(places: List[Dict[str, Any]]) -> List[str]:
+    """Each machine's host and device, and its versions where not all machines have the same.
+
+    places: what ``of_process`` and ``versions`` return, for each rank.
+    """
+    differ = [name for name in places[0] if name not in ("host", "device")
+              and any(place[name] != places[0][name] for place in places)]
+    return sorted({", ".join([f"{place['host']}: {place['device']}",
+                              *(f"{name} {place[name]}" for name in differ)])
+                   for place in places})
 
 
 def of_everyone(facts: Dict[str, Any], device: str) -> List[Dict[str, Any]]:

@@ -64,7 +64,7 @@ class Run:
         self.state = {}  # create_model reads it; _begin restores optimizer, EMA and so on from it
         self.train_loader = self.test_loader = None  # created once and kept, with their workers
         self.sampler = self.scheduler = self.trained = self.narrator = None
-        self.places = []  # host and device of each rank
+        self.places = []  # host, device and versions of each rank
         self.rows, self.best = list(self.start.rows), None  # of all epochs so far
         if self.start.best:
             self.best = {name: self.start.best[name] for name in ("epoch", "acc1")}
@@ -100,15 +100,16 @@ class Run:
         or the machines would wait for each other forever.
         """
         self.connect(args)
-        everyone = provenance.of_everyone(
-            {**job.shared(self.job), **provenance.of_process(self.args)}, self.args.device)
-        for facts in everyone:  # which may differ in these two
-            self.places.append({name: facts.pop(name) for name in ("host", "device")})
+        place = {**provenance.of_process(self.args), **self.job.launch["versions"]}
+        everyone = provenance.of_everyone({**job.shared(self.job), "place": place},
+                                          self.args.device)
+        self.places = [facts.pop("place") for facts in everyone]
         for other, facts in enumerate(everyone):
             different = job.differing(everyone[self.args.rank], facts, f"rank {other}")
             if different:
-                raise UserError(f"rank {self.args.rank} has {', '.join(different)}: pass the same "
-                                "on all machines, with the same data and one shared --output_dir")
+                raise UserError(
+                    f"rank {self.args.rank} has {', '.join(different)}: launch with the same "
+                    "flags, data, code and versions and one shared --output_dir on all machines")
         if self.args.rank and os.environ.get("LOCAL_RANK") == "0":  # the first on another machine
             sys.stdout.write(f"This machine has joined: {self.places[0]['host']} prints the "
                              f"progress of all {len(everyone)} processes\n")
@@ -233,8 +234,7 @@ class Run:
         self.state = {}  # frees its memory
         self.narrator = Narrator(self.job)
         if self.args.rank == 0:
-            self.folder.begin(self.job, sorted({f"{place['host']}: {place['device']}"
-                                                for place in self.places}))
+            self.folder.begin(self.job, provenance.in_words(self.places))
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every ``every`` epochs and after the last is due."""
