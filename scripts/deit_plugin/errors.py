@@ -188,8 +188,9 @@ def _not_connected(error: Exception) -> Optional[str]:
     if re.search("EADDRINUSE|ddress already in use", first):
         return (f"a port is in use on this machine ({first}): launch again, on several machines "
                 "with another MASTER_PORT")
-    if isinstance(error, RuntimeError) and re.search(LOST, first, re.IGNORECASE):
-        return (f"another machine or process has ended or does not answer ({first}): see its "
+    lost = re.search(LOST, first, re.IGNORECASE)
+    if isinstance(error, RuntimeError) and lost:
+        return (f"another machine or process has ended or does not answer ({lost[0]}): see its "
                 "output, and launch on all machines again")
     return None
 
