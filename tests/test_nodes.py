@@ -1,6 +1,7 @@
 """Several machines: two launchers on this one, and the Slurm job with stand-ins for Slurm.
 
-REAL_SLURM=1 also submits a job to the Slurm of this machine, which takes some minutes.
+REAL_SLURM=1 also submits an array to the Slurm of this machine, which takes some minutes; for one
+of two nodes see slurm.sh.
 """
 import contextlib
 import os
@@ -219,14 +220,19 @@ def test_slurm_job_that_cannot_run_says_why(arguments, variables, says, slurm, t
 
 
 @pytest.mark.skipif("REAL_SLURM" not in os.environ, reason="REAL_SLURM=1 submits a job to Slurm")
-def test_a_requeued_job_of_a_real_slurm_continues(flags, tmp_path):
-    asked = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10",
-             f"--output={tmp_path / 'job'}", ROOT / "scripts" / "slurm.sh", "pets"]
-    job = subprocess.run(["sbatch", *asked, *command("pets", *flags, "--epochs", "200")[2:]],
-                         stdout=subprocess.PIPE, text=True, check=True,
-                         env=environment(2)).stdout.strip()
-    wait_for_epochs(tmp_path / "run", 3)
-    subprocess.run(["scontrol", "requeue", job], check=True)
-    wait_for_epochs(tmp_path / "run", 200, seconds=500)
-    assert "comes next" in (tmp_path / "job").read_text()
-    assert [row["epoch"] for row in log_of(tmp_path / "run")] == list(range(200))
+def test_a_requeued_task_of_a_real_slurm_continues_on_two_nodes(flags, tmp_path):
+    """Of an array of two, whose first task has ended; with flags that people pass from habit."""
+    asked = ["--parsable", "--array=1-2", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=0",
+             "--cpus-per-task=2", "--time=10", f"--output={tmp_path}/%a.log",
+             ROOT / "scripts" / "slurm.sh", "pets"]
+    words = command("pets", *flags, "--output_dir", f"{tmp_path}/run-%a", "--epochs", "%a00",
+                    "--save-freq", "1")[2:]
+    array = subprocess.run(["sbatch", *asked, *words], stdout=subprocess.PIPE, text=True,
+                           check=True, env=environment(1)).stdout.strip()
+    wait_for_epochs(tmp_path / "run-1", 100, seconds=300)
+    wait_for(lambda: "Best" in (tmp_path / "1.log").read_text())
+    subprocess.run(["scancel", "--signal=USR1", "--batch", f"{array}_2"], check=True)
+    wait_for_epochs(tmp_path / "run-2", 200, seconds=500)
+    assert [row["epoch"] for row in log_of(tmp_path / "run-2")] == list(range(200))
+    assert "re-queued" in (tmp_path / "2.log").read_text()
+    assert (tmp_path / "1.log").read_text().count("Fine-tuning") == 1  # it has not run again
