@@ -49,6 +49,8 @@ def import_main() -> ModuleType:
     except UserError:
         raise
     except Exception as error:  # versions that do not fit can raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "timm"):
+            raise  # it is not installed here: errors.guard says what to do
         raise UserError(f"cannot import DeiT from {checkout} with the bundle in {BUNDLE}: "
                         f"{type(error).__name__}: {one_line(error)}; activate the environment "
                         f"that has the requirements, or type {sys.executable} -m pip install -r "
