@@ -189,7 +189,7 @@ def _not_connected(error: Exception) -> Optional[str]:
         return (f"a port is in use on this machine ({first}): launch again, on several machines "
                 "with another MASTER_PORT")
     lost = re.search(LOST, first, re.IGNORECASE)
-    if isinstance(error, RuntimeError) and lost:
+    if isinstance(error, RuntimeError) and lost and "CUDA error" not in first:
         return (f"another machine or process has ended or does not answer ({lost[0]}): see its "
                 "output, and launch on all machines again")
     return None

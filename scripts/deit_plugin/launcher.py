@@ -25,7 +25,7 @@ WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 # 107 characters (unix(7)), of which Python's own names take about 35 and the launch's folder 18.
 LONGEST_TEMPORARY_FOLDER = 50
 LOCK = "finetune-launcher.lock"
-LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # a variable of torch's
 WAIT = 15  # minutes in which all machines must have started
 
 
@@ -155,7 +155,7 @@ def command(machines: Machines, folder: str) -> List[str]:
     try:
         import torch.distributed.run  # noqa: F401
 
-        # torch 2.4 and newer try twice to reach the first machine, with pauses of up to 90 seconds.
+        # Newer torch (2.14, but not 2.3) tries twice to reach the first machine, with pauses.
         wait = 60 * WAIT if not machines.node_rank else 27 * WAIT
         module = ["torch.distributed.run", "--monitor_interval", "0.1",  # all in seconds
                   "--rdzv_conf", f"timeout={wait}"]
@@ -202,7 +202,7 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
                 interrupted(args, machines)
             return 128 + error.sigval
         if not hasattr(error, "get_first_failure"):  # ChildFailedError
-            raise  # such as one of errors.not_connected
+            raise  # such as torch's when the machines did not meet
         rank, failure = error.get_first_failure()
         who, status = f"rank {rank}", failure.exitcode
     if status >= 0:  # the process has said why
