@@ -14,8 +14,7 @@
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 usage="type sbatch [flags of sbatch] scripts/slurm.sh pets [flags of the recipe]"
-too_short="warning: no checkpoint was written in this time limit, so the job is not re-queued: unless \
-it ends in the minutes that are left, submit it again and pass more --time"
+too_short="no checkpoint was written in this time limit: submit the job again with more --time"
 refuse() { printf 'error: %s\n' "$1" >&2; exit 2; }
 saved() { stat -c %y "$output_dir/checkpoint.pth" 2>/dev/null || true; } # when it was written
 
@@ -27,11 +26,12 @@ requeue() {
 [[ -n "${SLURM_JOB_ID:-}" ]] || refuse "this is no Slurm job: $usage"
 [[ " $* " != *" --overwrite "* ]] \
     || refuse "--overwrite would delete the run at every re-queue: empty --output_dir yourself"
-shown=$(scontrol show job "$SLURM_JOB_ID") # not SLURM_ARRAY_*, which a job may have inherited
-job=$SLURM_JOB_ID                          # for an array's last task the id of the whole array
-if [[ $shown =~ JobId=$job\ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+) ]]; then
-    job=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
-    set -- "${@//%a/${BASH_REMATCH[2]}}"
+shown=$(scontrol show job "$SLURM_JOB_ID")
+job=$SLURM_JOB_ID # for an array's last task, this is the id of the whole array
+# A job that was submitted from a task has its SLURM_ARRAY_*, but is not "JobId=... ArrayJobId=...".
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" && $shown != *"JobId=$job JobName="* ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
 fi
 # Slurm runs a copy of this file in its spool folder, but knows the path that was submitted.
 submitted=${shown##*Command=} submitted=${submitted%%$'\n'*}
@@ -52,7 +52,7 @@ export NNODES=$SLURM_NNODES MASTER_ADDR=${nodes%%$'\n'*}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share their first node do not collide
 export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 # Before the time limit, see --signal above. A job that saves nothing would be re-queued forever.
-trap 'if [[ $(saved) != "$saved_before" ]]; then requeue; else echo "$too_short" >&2; fi' USR1
+trap '[[ $(saved) != "$saved_before" ]] || { kill "$!"; refuse "$too_short"; }; requeue' USR1
 # From Slurm 22.05 on, srun does not take over the job's --cpus-per-task, but its --ntasks.
 # shellcheck disable=SC2016 # each node has its own SLURM_NODEID
 srun --kill-on-bad-exit=1 --export=ALL --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \

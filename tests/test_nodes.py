@@ -127,7 +127,8 @@ STAND_INS = {
     "scontrol": """
         case $1-$2 in
             show-hostnames) printf '%s\\n' node-a node-b ;;
-            show-job) echo "JobId=$SLURM_JOB_ID $ARRAY"; echo "   PreemptTime=$PREEMPTED"
+            show-job) echo "JobId=$SLURM_JOB_ID ${ARRAY}JobName=x"
+                      echo "   PreemptTime=$PREEMPTED"
                       echo "   Command=$SUBMITTED pets --flag"; echo "   WorkDir=/slurm.sh" ;;
             requeue-*) echo "$2" >> requeued ;;
         esac""",
@@ -173,8 +174,8 @@ def test_slurm_job_runs_the_recipe_on_every_node(slurm):
 
 
 @pytest.mark.parametrize("array, arguments, requeued", [
-    ("", ["--output_dir", "run"], "123456"), ("", ["--output_dir=run"], "123456"),
-    ("ArrayJobId=123456 ArrayTaskId=2 ", ["--seed", "%a", "--output_dir=run-%a"], "123456_2"),
+    ("", ["--output_dir", "run"], "123456"), ("inherited", ["--output_dir=run"], "123456"),
+    ("own", ["--seed", "%a", "--output_dir=run-%a"], "123456_2"),
     ("", ["--output_dir", "other"], None),
 ])
 def test_slurm_job_requeues_itself_before_the_time_limit_if_it_saved(array, arguments, requeued,
@@ -183,7 +184,10 @@ def test_slurm_job_requeues_itself_before_the_time_limit_if_it_saved(array, argu
     checkpoints = [tmp_path / name / "checkpoint.pth" for name in ("run", "run-2", "other")]
     checkpoints[2].parent.mkdir()
     checkpoints[2].touch()  # which an earlier job has saved
-    job = slurm("pets", *arguments, ARRAY=array, FAILS="20" if requeued else "2")
+    variables = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "2"} if array else {}
+    if array == "own":
+        variables["ARRAY"] = "ArrayJobId=123456 ArrayTaskId=2 "
+    job = slurm("pets", *arguments, **variables)
     wait_for((tmp_path / "started").exists, seconds=20)
     for path in checkpoints[:2]:
         path.parent.mkdir()
@@ -191,13 +195,13 @@ def test_slurm_job_requeues_itself_before_the_time_limit_if_it_saved(array, argu
     assert "#SBATCH --signal=B:USR1@" in (tmp_path / "slurm_script").read_text()
     job.send_signal(signal.SIGUSR1)
     done = end_of(job)
-    assert done.returncode == 143
+    assert done.returncode == (143 if requeued else 2)
     if requeued:
         assert (tmp_path / "requeued").read_text().split() == [requeued]
         assert "continue from checkpoint.pth" in done.stdout
     else:
         assert not (tmp_path / "requeued").exists() and "more --time" in done.stderr
-    assert ("'--seed' '2' '--output_dir=run-2'" in done.stdout) == bool(array)
+    assert ("'--seed' '2' '--output_dir=run-2'" in done.stdout) == (array == "own")
 
 
 @pytest.mark.parametrize("preempted", ["2030-01-31T12:00:00", "None"])

@@ -80,8 +80,8 @@ def test_table_without_torch_and_matplotlib(tmp_path):
     assert "absent: not a run" in done.stdout and not list(tmp_path.rglob("*.png"))
 
 
-NAMES = ("data set", "epochs", "best %", "last %", "95 % from", "95 % to", "per class %", "published %",
-         "vs. published", "training time")
+NAMES = ("data set", "epochs", "best %", "last %", "95 % from", "95 % to", "per class %",
+         "published %", "vs. published", "training time")
 
 
 @pytest.mark.parametrize("options, row, note", [
