@@ -1,12 +1,14 @@
 """Each patch is needed where its docstring says, and only there."""
 import re
+import subprocess
+import sys
 
 import PIL
 import pytest
 import timm
 
 from conftest import IS_HEAD
-from launches import fork
+from launches import SCRIPTS, fork
 
 TIMM, PILLOW = (tuple(map(int, re.findall(r"\d+", module.__version__)[:3]))
                 for module in (timm, PIL))
@@ -40,3 +42,24 @@ def test_patch_is_needed_where_it_says_and_only_there(name, needed, shows, data,
                 before=leave_out)
     noted = shows in done.stderr
     assert noted if needed else done.returncode == 0 and not noted, done.stderr
+
+
+OTHERS_WAIT = """
+import os, sys, time
+from argparse import Namespace
+sys.path.insert(0, {scripts!r})
+from deit_plugin import errors, launcher
+
+if "RANK" in os.environ:
+    errors.die_with_launcher()
+    sys.exit(3) if os.environ["RANK"] == "1" else time.sleep(60)
+launcher.WORKER = __file__
+sys.exit(launcher.launch(launcher.find_machines({{}}, 2), {folder!r}, Namespace(device="cpu"), ""))
+"""
+
+
+def test_a_rank_that_fails_ends_a_launch_whose_other_ranks_wait_for_it(tmp_path):
+    """As under NCCL. torch 1.7.1's own launcher waits for rank 0 first."""
+    script = tmp_path / "script.py"
+    script.write_text(OTHERS_WAIT.format(scripts=str(SCRIPTS), folder=str(tmp_path)))
+    assert subprocess.run([sys.executable, script], timeout=40).returncode == 3

@@ -12,10 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from argparse import Namespace
 from importlib import import_module
-from typing import Any, Iterator, List, Mapping, NamedTuple
+from typing import Any, Iterator, List, Mapping, NamedTuple, Optional
 
 from . import errors
 from .errors import UserError
@@ -153,10 +154,12 @@ def temporary_folder() -> Iterator[str]:
 def command(machines: Machines, folder: str) -> List[str]:
     """What to type for torch's launcher to start a worker for each process."""
     try:
+        import torch
         import torch.distributed.run  # noqa: F401
 
-        # Newer torch (2.14, but not 2.3) tries twice to reach the first machine, with pauses.
-        wait = 60 * WAIT if not machines.node_rank else 27 * WAIT
+        # From 2.4 on, torch tries twice to reach the first machine, with pauses in between.
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        wait = 27 * WAIT if machines.node_rank and version >= (2, 4) else 60 * WAIT
         module = ["torch.distributed.run", "--monitor_interval", "0.1",  # all in seconds
                   "--rdzv_conf", f"timeout={wait}"]
     except ImportError:  # before torch 1.9
@@ -164,6 +167,39 @@ def command(machines: Machines, folder: str) -> List[str]:
     return [sys.executable, "-m", *module, "--nproc_per_node", str(machines.processes),
             "--nnodes", str(machines.nodes), "--node_rank", str(machines.node_rank),
             "--master_addr", machines.address, "--master_port", str(machines.port), WORKER, folder]
+
+
+class _OfOldLauncher(subprocess.Popen):
+    """A process of the launcher before torch 1.8, which waits for one after the other.
+
+    Seen with torch 1.7.1: if rank 1 fails while rank 0 waits for it under NCCL, that launcher waits
+    forever. So ``wait`` raises at the first failure of any process.
+    """
+
+    started = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.started.append(self)
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """Wait for the end of this process, or for the first failure."""
+        while self.poll() is None:
+            for process in self.started:
+                if process.poll():
+                    raise subprocess.CalledProcessError(process.returncode, process.args)
+            time.sleep(0.1)
+        return self.returncode
+
+
+def show_own_gpus(processes: int) -> None:
+    """Let the workers see one GPU each, and no other.
+
+    DeiT's first barrier uses GPU RANK % number of GPUs before torch 2.6: without this, the second
+    of two machines with 4 processes would use the other 4 of its 8 GPUs.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(processes))))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:processes])
 
 
 def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
@@ -187,6 +223,12 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
         minutes = WAIT if module.endswith("run") else 30  # in init_process_group
         print(f"This is machine {machines.node_rank + 1} of {machines.nodes}, waiting for {others} "
               f"at {machines.address}:{machines.port}, at most {minutes} minutes", flush=True)
+    if args.device == "cuda":
+        show_own_gpus(machines.processes)
+    if not module.endswith("run"):
+        subprocess.Popen = _OfOldLauncher
+        # As newer launchers do. Without it, NCCL waits forever when another machine fails.
+        os.environ.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")
     if machines.nodes > 1 and module.endswith("run"):
         # torch waits for the others in C++, where no handler of Python's runs, so that Ctrl-C has
         # to end this process without our line. Once its processes have started, torch handles the
@@ -207,7 +249,9 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
         who, status = f"rank {rank}", failure.exitcode
     if status >= 0:  # the process has said why
         return status
-    hint = ": out of memory?" if -status == signal.SIGKILL else ""
+    # NCCL's watchdog aborts a process that waited for another in vain.
+    hint = {signal.SIGKILL: ": out of memory?",
+            signal.SIGABRT: ": has another machine or process stopped?"}.get(-status, "")
     sys.stderr.write(f"error: {who} was ended by {signal.Signals(-status).name}{hint}\n")
     return 128 - status
 
