@@ -1,5 +1,6 @@
 """What differs between machines: how processes start, file systems, full disks, and who reads."""
 import os
+import re
 import select
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import generate
 from conftest import error_of, log_of, train
+from deit_plugin import errors, launcher
 from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script, launch
 
 
@@ -138,3 +140,46 @@ def test_where_nobody_reads_any_more_a_run_goes_on(how, tmp_path):
         process.kill()
         process.wait(60)
     assert done.exists()
+
+
+@pytest.mark.parametrize("visible, own", [
+    (None, "0,1"), ("3", "3"), ("4,2,7", "4,2"), ("GPU-a1,GPU-b2,GPU-c3", "GPU-a1,GPU-b2")])
+def test_a_launch_of_two_processes_sees_two_gpus_of_those_that_are_visible(
+        visible, own, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    launcher.show_own_gpus(2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+
+
+@pytest.mark.parametrize("text, says", [
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", "2.00 GiB: .* --batch-size"),
+    ("NCCL error in: NCCLUtils.hpp:275, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA "
+     "function failed.\nLast error:\nCuda failure 2 'out of memory'", "failure 2 .* --batch-size"),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "CUBLAS.* --batch-size"),
+    ("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS.* --batch-size"),
+    ("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with", "nvidia-smi"),
+    ("CUDA error: invalid device ordinal\nCompile with", "ordinal: .* NPROC_PER_NODE"),
+    ("CUDA error: no kernel image is available for execution on the device", "sm_70 sm_75 only"),
+    ("CUDA error: device-side assert triggered\nCompile with", "Traceback"),
+])
+def test_an_error_of_a_gpu_is_said_at_once(text, says, tmp_path):
+    """In one line where its cause is known. After PATIENCE, NCCL's watchdog would end the process.
+
+    The texts are those of torch, cuBLAS and NCCL; there is no GPU here.
+    """
+    program = f"""if True:
+        import sys, types
+        sys.path.insert(0, {str(SCRIPTS)!r})
+        from deit_plugin import errors
+        errors.PATIENCE = 1000
+        cuda = types.SimpleNamespace(get_arch_list=lambda: ["sm_70", "sm_75"])
+        sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+        def fail():
+            raise RuntimeError({text!r})
+        errors.guard(fail)"""
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
+                          timeout=60, env={**os.environ, errors.FIRST_FAILURE: str(tmp_path / "f")})
+    assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
+    assert "Traceback" in says or done.stderr.count("\n") == 1

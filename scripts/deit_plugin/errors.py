@@ -22,6 +22,19 @@ REFUSED = 2  # exit status before training, as with argparse; later it is 1
 LOST = ("time.?out|timed out|connection (closed|reset|refused)|broken pipe|failed to connect|"
         "remote process")
 PATIENCE = 4  # seconds in which torch's launcher notices that another process was killed
+# What torch, CUDA, cuBLAS, cuDNN or NCCL says about a GPU, and what to do about it. Source: their
+# texts; not one was seen on a GPU here.
+OF_GPUS = {
+    "out of memory|Failed to CUDA calloc|(CUBLAS|CUDNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)":
+        "is the GPU's memory full? Pass a smaller --batch-size, and --accum-iter to make up for "
+        "it; nvidia-smi shows who else uses the GPU",
+    "busy or unavailable": "another process has this GPU for itself, or it is broken: nvidia-smi "
+        "shows which; leave it out of CUDA_VISIBLE_DEVICES",
+    "invalid device ordinal|no CUDA-capable device": "there are fewer GPUs than processes: set "
+        "NPROC_PER_NODE to the number of GPUs that nvidia-smi shows, and check "
+        "CUDA_VISIBLE_DEVICES",
+    "no kernel image": "this torch has code for {} only: install one for your GPU, see README.md",
+}
 
 
 class UserError(Exception):
@@ -47,8 +60,9 @@ def guard(run: Callable[[], None]) -> None:
               f"type {sys.executable} -m pip install -r requirements.txt", REFUSED)
     except Exception as error:  # the last resort, whatever it is
         line = _known_cause(error)
-        if line is None and FIRST_FAILURE in os.environ:
-            # If another process was killed, the launcher says so and ends this one meanwhile.
+        if line is None and FIRST_FAILURE in os.environ and not _is_of_gpu(error):
+            # If another process was killed, the launcher says so and ends this one meanwhile. But
+            # after an error of its own GPU, NCCL's watchdog would end this process silently.
             time.sleep(PATIENCE)
             line = _not_connected(error)
         _fail(f"error: {line}" if line else traceback.format_exc(), 1)
@@ -165,12 +179,21 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _is_of_gpu(error: Exception) -> bool:
+    """Whether this process's own GPU failed, and not the connection to another process."""
+    return bool(re.search("cuda|cublas|cudnn", str(error), re.IGNORECASE))
+
+
 def _known_cause(error: Exception) -> Optional[str]:
     """One line for an error that names its cause; None for any other error."""
     lines = (str(error).strip() or repr(error)).splitlines()
-    first, last = lines[0], lines[-1]
-    if isinstance(error, RuntimeError) and "out of memory" in first:
-        return f"{first}: pass a smaller --batch-size, and --accum-iter to make up for it"
+    last = lines[-1]
+    for pattern, advice in OF_GPUS.items() if isinstance(error, RuntimeError) else ():
+        named = [line for line in lines if re.search(pattern, line)]
+        if named:
+            import torch  # which has raised it
+
+            return f"{named[0]}: {advice.format(' '.join(torch.cuda.get_arch_list()))}"
     is_of_worker = isinstance(error, RuntimeError) and "DataLoader worker" in last
     if is_of_worker or isinstance(error, ConnectionError):  # the pipe to a worker that was killed
         return (f"{last}: was a DataLoader worker killed, out of memory? Pass fewer "
