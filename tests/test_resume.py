@@ -158,12 +158,18 @@ def scale_losses_by(scale, restored):
     return change
 
 
-def test_the_loss_scale_is_restored(flags, tmp_path):
-    before = scale_losses_by(1024, tmp_path / "restored")
-    train("pets", *flags, "--epochs", "1", before=before)
-    child = ["--output_dir", tmp_path / "child", "--resume", tmp_path / "run" / "checkpoint.pth"]
-    train("pets", *flags, *child, before=before)
+def test_the_loss_scale_is_restored_and_the_old_checkpoint_let_go(flags, tmp_path):
+    """A file that is mapped into memory keeps its space on the disk."""
+    scale, old = scale_losses_by(1024, tmp_path / "restored"), tmp_path / "run" / "checkpoint.pth"
+
+    def change():
+        scale()
+        after_saving(lambda: shutil.copy("/proc/self/maps", tmp_path / "maps"))()
+
+    train("pets", *flags, "--epochs", "1", before=scale)
+    train("pets", *flags, "--output_dir", tmp_path / "child", "--resume", old, before=change)
     assert (tmp_path / "restored").read_text() == "1024"
+    assert str(old) not in (tmp_path / "maps").read_text()
 
 
 def test_moved_weights_are_the_same_run_and_other_weights_or_a_photo_more_are_not(

@@ -226,7 +226,9 @@ class Run:
             try:
                 for name in ("optimizer", "model_ema", "scaler"):
                     if parts[name] is not None and self.state.get(name):  # 2020's has no scaler
-                        parts[name].load_state_dict(self.state[name])
+                        # A copy: optimizers keep tensors that they are given, and these are mapped
+                        # to the old checkpoint, whose space on the disk would not be freed.
+                        parts[name].load_state_dict(copy.deepcopy(self.state[name]))
             except ValueError as error:  # DeiT of 2020 groups the parameters in another way
                 raise UserError(f"{self.start.path} was written with another DeiT commit "
                                 f"({one_line(error)}): set DEIT_DIR to the same") from error
