@@ -27,6 +27,9 @@ ROOT = TESTS.parent
 SCRIPTS = ROOT / "scripts"
 REAL_DEIT = os.environ.get("DEIT_DIR")
 DEIT = Path(REAL_DEIT or TESTS / "mini_deit").resolve()
+# tests/gpu sets these: the number of GPUs, which launches then use, and more flags of theirs.
+GPUS, ON_GPUS = int(os.environ.get("GPUS", 0)), os.environ.get("ON_GPUS", "--device cpu").split()
+PAIR = 1 if GPUS == 1 else 2  # processes
 # Width, depth and name of a model that trains in seconds, and of another one.
 MODEL, WIDTH, DEPTH, OTHER_MODEL = (
     ("deit_tiny_patch16_224", 192, 12, "deit_small_patch16_224") if REAL_DEIT
@@ -45,20 +48,19 @@ def command(recipe, *flags, scripts=SCRIPTS, small=True):
     """A launch of a recipe that takes seconds, unless it is not ``small``; ``flags`` come last."""
     short = ["--model", MODEL, "--input-size", "32", "--batch-size", "8", "--epochs", "2",
              "--eval-freq", "1", "--save-freq", "1"] if small else []
-    words = ("bash", scripts / f"{recipe}.sh", "--device", "cpu", "--num_workers", "0", *short,
-             *flags)
+    words = ("bash", scripts / f"{recipe}.sh", *ON_GPUS, "--num_workers", "0", *short, *flags)
     return [str(part) for part in words]
 
 
-def as_published(words, script=(TESTS / "published.py",)):
+def as_published(words, processes):
     """The complete command of a launch, with the published procedure in place of ours.
 
     Flags that DeiT does not have are ignored there.
     """
     shown = subprocess.run([*words, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True,
-                           env=environment()).stdout
+                           env=environment(processes)).stdout
     torch_runs, main_gets = (shlex.split(line) for line in shown.splitlines()[1::2])
-    return [*torch_runs[:-2], *map(str, script), *main_gets[1:]]
+    return [*torch_runs[:-2], str(TESTS / "published.py"), *main_gets[1:]]
 
 
 def launch(recipe, *flags, scripts=SCRIPTS, **variables):

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import error_of, log_of, rates_of, saved, train
 from deit_plugin import launcher
-from launches import after_saving, fill_the_disk, fork, limit_file_size
+from launches import PAIR, after_saving, fill_the_disk, fork, limit_file_size
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 # Longer than any test; with a save after the first 100 epochs.
@@ -25,7 +25,7 @@ INTERRUPTED = "interrupted: .*{}; the same command {}\n"
 
 
 @pytest.mark.parametrize("name, to_all, processes, status, says, more", [
-    ("SIGTERM", False, 2, 143, "", []),
+    ("SIGTERM", False, PAIR, 143, "", []),
     ("SIGINT", False, 1, 130, INTERRUPTED.format("nothing saved yet", "starts again"), []),
     ("SIGINT", True, 1, 130, INTERRUPTED.format(
         "epochs? of 500 are saved in .*checkpoint.pth", "continues"), ["--save-freq", "1"]),
@@ -79,7 +79,7 @@ def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_pa
 
 
 @pytest.mark.parametrize("processes, workers, status, says", [
-    (2, 0, 137, "SIGKILL"), (1, 1, 1, "DataLoader worker.*--num_workers")])
+    (PAIR, 0, 137, "SIGKILL"), (1, 1, 1, "DataLoader worker.*--num_workers")])
 def test_a_process_that_is_killed_is_named(processes, workers, status, says, flags, tmp_path):
     """A rank or a data worker, as the system kills one when memory runs out."""
     with running("pets", *flags, *LONG, "--num_workers", workers, processes=processes) as run:

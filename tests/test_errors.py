@@ -15,7 +15,7 @@ import generate
 from conftest import copy_bundle, copy_deit, error_of, log_of, train
 from deit_plugin import errors, flags, job, weights
 from deit_plugin.data import Data
-from launches import SCRIPTS, fork, launch
+from launches import PAIR, SCRIPTS, fork, launch
 from underway import end_of, processes_of, running, wait_for_epochs
 
 YOURS = ["--data-path", "pets", "--output_dir", "out"]
@@ -267,7 +267,7 @@ def test_odd_surroundings_change_nothing(data, checkpoint, tmp_path):
            "HOME": tmp_path, "TMPDIR": long, "PYTHONSAFEPATH": "1"}
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
     with running("pets", *flags, tmp_path / "run", "--num_workers", "1", "--epochs", "20",
-                 processes=2, scripts=tmp_path / "bin", **odd) as run:
+                 processes=PAIR, scripts=tmp_path / "bin", **odd) as run:
         signal.signal(signal.SIGHUP, handler)
         run.stdout.readline()
         run.stdout.close()
