@@ -54,9 +54,10 @@ def start(photos, checkpoint, tmp_path):
         (site / "sitecustomize.py").write_text(SITE.format(paths=paths, changes=[*changes]))
         size = ["--input-size", "224", "--batch-size", "16"] if GPUS else []
         return running("flowers", "--data-path", photos, "--resume", checkpoint, "--epochs", "4",
-                       "--warmup-epochs", "0", "--lr", "2e-3", "--mixup", "0.8", "--num_workers",
-                       "1", *size, "--output_dir", tmp_path / name, *flags, PYTHONPATH=site,
-                       MARK=tmp_path / f"{name}-mark", **variables)
+                       "--warmup-epochs", "0", "--lr", "2e-3", "--mixup", "0.8", "--cutmix", "1",
+                       "--drop-path", "0.3", "--num_workers", "1", *size, "--output_dir",
+                       tmp_path / name, *flags, PYTHONPATH=site, MARK=tmp_path / f"{name}-mark",
+                       **variables)
 
     return start
 
@@ -176,8 +177,8 @@ def test_all_processes_and_one_that_accumulates_train_the_same(run, tmp_path):
     ways = [(1, 1), (1, 4), (ALL, 1), (ALL, 2)]
     for processes, parts in ways:
         run(f"{processes}-{parts}", "--data-set", "folder", "--data-path", tmp_path / "plain",
-            "--mixup", "0", "--drop-path", "0", "--reprob", "0", "--opt", "sgd", "--lr", "0.5",
-            "--batch-size", 8 * ALL // processes // parts, "--accum-iter", parts,
+            "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--reprob", "0", "--opt", "sgd",
+            "--lr", "0.5", "--batch-size", 8 * ALL // processes // parts, "--accum-iter", parts,
             processes=processes, changes=["unscaled"])
     ends = [losses(tmp_path / "{}-{}".format(*way))[-1] for way in ways]
     print(*ends)
