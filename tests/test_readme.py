@@ -18,9 +18,9 @@ README = (ROOT / "README.md").read_text()
 BOTH = {ROOT: README, SCRIPTS: (SCRIPTS / "README.md").read_text()}
 
 
-def blocks(heading, language="bash"):
+def blocks(heading, language="bash", text=README):
     """The code blocks of that language below a heading."""
-    section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return re.findall(f"```{language}\n(.*?)```", section, re.DOTALL)
 
 
@@ -53,7 +53,8 @@ def test_the_smoke_test_learns_and_its_result_can_be_used(folder, monkeypatch):
     predict, _ = blocks("Use the result")[0].splitlines()  # the export is in test_use.py
     run(folder, predict.replace("out/pets", "out/smoke"))
     label = (folder / "labels.csv").read_text().splitlines()[1].split(",")[1]
-    snippet = blocks("Use the result", "python")[1].replace("out/pets", "out/smoke")
+    snippet, = blocks("predict.py", "python", BOTH[SCRIPTS])
+    snippet = snippet.replace("out/pets", "out/smoke")
     (folder / "snippet.py").write_text(snippet)
     monkeypatch.chdir(folder)
     printed = fork_script("snippet.py", variables=environment())
@@ -82,7 +83,8 @@ def test_every_link_and_flag_in_readme_exists():
         *ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"), TESTS / "generate.py"))
     listed = fork("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
-    foreign = {"--gpus-per-node", "--cpus-per-task"}  # sbatch's
+    foreign = {"--gpus-per-node", "--cpus-per-task", "--nodes", "--array", "--gpus", "--partition",
+               "--account"}  # sbatch's
     for flag in set(re.findall(r"(?<![-\w])--[a-z][-\w]+", "".join(BOTH.values()))) - foreign:
         assert flag in known + listed, flag
 

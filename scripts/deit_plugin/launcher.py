@@ -215,7 +215,7 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
     signal.signal(signal.SIGINT, lambda *_: interrupted(args, machines))  # until torch handles it
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    if os.environ[LOG_LEVEL] == "FATAL":
+    if os.environ.get(LOG_LEVEL) == "FATAL":
         os.environ[LOG_LEVEL] = "ERROR"
     _, _, module, *sys.argv[1:] = command(machines, folder)
     if machines.nodes > 1:
