@@ -84,7 +84,7 @@ def test_every_link_and_flag_in_readme_exists():
     listed = fork("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
     foreign = {"--gpus-per-node", "--cpus-per-task", "--nodes", "--array", "--gpus", "--partition",
-               "--account"}  # sbatch's
+               "--account", "--time"}  # sbatch's
     for flag in set(re.findall(r"(?<![-\w])--[a-z][-\w]+", "".join(BOTH.values()))) - foreign:
         assert flag in known + listed, flag
 
