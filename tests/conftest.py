@@ -1,4 +1,5 @@
 """What the tests share: small data, a converted checkpoint, and readers of what a run leaves."""
+import contextlib
 import json
 import math
 import os
@@ -6,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survive a fork
 
@@ -14,13 +17,31 @@ import pytest  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & ignores
 
+import timm  # noqa: E402
+import torch  # noqa: E402
+from PIL import ImageOps  # noqa: E402
+
 import generate  # noqa: E402
-from launches import DEIT, DEPTH, REAL_DEIT, ROOT, SCRIPTS, TESTS, WIDTH, fork  # noqa: E402
+from launches import (  # noqa: E402
+    DEIT,
+    DEPTH,
+    REAL_DEIT,
+    ROOT,
+    SCRIPTS,
+    TESTS,
+    WIDTH,
+    command,
+    environment,
+    fork,
+    run_by_shell,
+)
 
 sys.path[:0] = [str(ROOT), str(SCRIPTS)]
 sys.path.append(str(TESTS / "mini_deit"))
 
 import convert_to_deit  # noqa: E402
+import finetune  # noqa: E402
+from deit_plugin import deit, errors  # noqa: E402
 
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
 ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
@@ -72,6 +93,63 @@ def checkpoint(tmp_path_factory):
 def flags(data, checkpoint, tmp_path):
     """What a Pets run needs: weights, data, and a folder, which is tmp_path / "run"."""
     return ["--resume", checkpoint, "--data-path", data / "pets", "--output_dir", tmp_path / "run"]
+
+
+@pytest.fixture(scope="session")
+def finished(data, checkpoint, tmp_path_factory):
+    """The folder of a Pets run that is over: two epochs, each evaluated."""
+    folder = tmp_path_factory.mktemp("finished")
+    train("pets", "--resume", checkpoint, "--data-path", data / "pets", "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of that run, to be changed, in the folder that ``flags`` name."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@contextlib.contextmanager
+def patches_undone():
+    """Undo what deit.import_main patches in Pillow and timm, which forks have to do themselves."""
+    contents = [(module, dict(vars(module))) for module in (ImageOps, timm.data.transforms)]
+    with warnings.catch_warnings(), mock.patch.object(sys, "path", list(sys.path)):
+        yield
+    for module, content in contents:
+        vars(module).clear()
+        vars(module).update(content)
+
+
+@pytest.fixture(scope="session")
+def deit_main():
+    """DeiT's main, imported as in a launch."""
+    with patches_undone(), mock.patch.dict(os.environ, DEIT_DIR=str(DEIT)):
+        return deit.import_main()
+
+
+@pytest.fixture
+def decide(deit_main):
+    """decide(recipe, *flags, **variables): the Decision on a launch, which is not started."""
+    def decide(recipe, *flags, small=True, **variables):
+        words = run_by_shell(command(recipe, *flags, small=small)).stdout.splitlines()[1:]
+        with mock.patch.dict(os.environ, environment(**variables), clear=True):
+            return finetune.decide(deit_main, words)
+
+    return decide
+
+
+@pytest.fixture
+def refusal(decide):
+    """refusal(recipe, *flags, **variables): the one line that says why a launch cannot work."""
+    def refuse(recipe, *flags, **options):
+        try:
+            problems = decide(recipe, *flags, **options).problems
+        except errors.UserError as error:  # argparse's, which ends the parsing
+            problems = error.args
+        assert len(problems) == 1 and "\n" not in problems[0], problems
+        return problems[0]
+
+    return refuse
 
 
 def copy_deit(folder):
@@ -132,3 +210,9 @@ def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):
 
 def saved(path):
     return convert_to_deit.load(str(path))
+
+
+def rewrite(path, change):
+    """Replace a checkpoint by what ``change`` makes of its content; the old one may be mapped."""
+    torch.save(change(saved(path)), f"{path}.new")
+    os.replace(f"{path}.new", path)

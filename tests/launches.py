@@ -6,6 +6,7 @@ The DeiT is the miniature in mini_deit/ or, with DEIT_DIR set, a real checkout. 
 process and one era of the miniature (its HEAD); where two or all matter, the test says so.
 """
 import argparse
+import functools
 import logging
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SCRIPTS = ROOT / "scripts"
+FORK = multiprocessing.get_context("fork")
 REAL_DEIT = os.environ.get("DEIT_DIR")
 DEIT = Path(REAL_DEIT or TESTS / "mini_deit").resolve()
 # tests/gpu sets these: the number of GPUs, which launches then use, and more flags of theirs.
@@ -78,26 +80,21 @@ def start_fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=
                **variables):
     """Start a forked launch; return a function that waits for its end.
 
-    script: path of one to run in each process in place of the worker, with all flags; before:
-    called before anything else, to change what is imported.
+    script: path of one to run in place of the worker, with all flags; before: called before
+    anything else, to change what is imported.
     """
     shown = run_by_shell(command(recipe, *flags, scripts=scripts, small=small), **variables)
     if shown.returncode:
         return lambda: shown
     finetune, *words = shown.stdout.splitlines()
-    variables = environment(processes, **variables)
-    if script:
-        shown = fork_script(finetune, *words, "--dry-run", variables=variables)
-        words = shlex.split(shown.stdout.splitlines()[-1])[1:]
-        ranks = ranks_of(processes, 1, 0, "127.0.0.1", free_port())
-        return start_fork_script(script, *words, variables=variables, before=before, ranks=ranks)
 
     def change():
         if before:
             before()
-        fork_workers_in_place_of_torch()
+        fork_workers_in_place_of_torch([script, *words] if script else None)
 
-    return start_fork_script(finetune, *words, variables=variables, before=change)
+    return start_fork_script(finetune, *words, variables=environment(processes, **variables),
+                             before=change)
 
 
 def run_by_shell(words, **variables):
@@ -115,22 +112,17 @@ def fork_script(script, *arguments, **options):
     return start_fork_script(script, *arguments, **options)()
 
 
-def start_fork_script(script, *arguments, variables, ranks=({},), before=None):
-    """Start a Python script for each of ``ranks``, which have variables of their own.
-
-    Return a function that waits for their end.
-    """
+def start_fork_script(script, *arguments, variables, before=None):
+    """Start a Python script in a forked process; return a function that waits for its end."""
     folder = tempfile.TemporaryDirectory()
     outputs = [Path(folder.name, name) for name in ("stdout", "stderr")]
-    started = [multiprocessing.get_context("fork").Process(
-        target=_become, args=(Path(script), list(map(str, arguments)), {**rank, **variables},
-                              before, outputs)) for rank in ranks]
-    for process in started:
-        process.start()
+    process = FORK.Process(target=_become, args=(Path(script), list(map(str, arguments)),
+                                                 variables, before, outputs))
+    process.start()
 
     def finish():
         with folder:
-            _, status = end_together(started)
+            _, status = end_together([process])
             return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
 
     return finish
@@ -158,24 +150,27 @@ def end_together(processes):
 
 
 def _become(script, arguments, variables, before, outputs):
-    """Be a fresh process: nothing of ours or of DeiT's is imported yet."""
+    """Be a fresh process."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.clear()
     os.environ.update(variables)
+    sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep)
+    accept_made_up_cifar()
+    _forget_and_run(script, arguments, before)
+
+
+def _forget_and_run(script, arguments, before=None):
+    """Run a script as if nothing of ours or of DeiT's had been imported yet."""
     for name, module in list(sys.modules.items()):
         file = str(getattr(module, "__file__", None) or "")
-        if file.startswith(str(ROOT)) and "site-packages" not in file:
+        if file.startswith((str(ROOT), str(DEIT))) and "site-packages" not in file:
             del sys.modules[name]
-    ours = {str(folder) for folder in (TESTS, TESTS / "mini_deit", ROOT, SCRIPTS)}
-    sys.path[:] = [str(script.parent), *variables.get("PYTHONPATH", "").split(os.pathsep),
-                   *(path for path in sys.path if path not in ours)]
-    accept_made_up_cifar()
+    ours = {str(folder) for folder in (TESTS, TESTS / "mini_deit", DEIT, ROOT, SCRIPTS)}
+    sys.path[:] = [str(Path(script).parent), *(path for path in sys.path if path not in ours)]
     if before:
-        sys.path.append(str(ROOT))
         before()
-        sys.path.remove(str(ROOT))
     _run(script, arguments)
 
 
@@ -184,8 +179,8 @@ def _run(script, arguments):
     runpy.run_path(str(script), run_name="__main__")
 
 
-def fork_workers_in_place_of_torch():
-    """Have torch's launcher fork its processes from this one."""
+def fork_workers_in_place_of_torch(words=None):
+    """Have torch's launcher fork its processes from this one; words: what they run instead."""
     try:
         import torch.distributed.run as torch_launcher
     except ImportError:  # before torch 1.9
@@ -197,12 +192,15 @@ def fork_workers_in_place_of_torch():
             parser.add_argument(f"--{name}", type=int)
         parser.add_argument("--master_addr")
         args, (*_, worker, folder) = parser.parse_known_args()
-        ranks = ranks_of(args.nproc_per_node, args.nnodes, args.node_rank, args.master_addr,
-                         args.master_port)
-        workers = [multiprocessing.get_context("fork").Process(
-            target=_become_worker, args=(worker, folder, rank)) for rank in ranks]
-        for process in workers:
-            process.start()
+        run = functools.partial(_forget_and_run, words[0], words[1:]) if words else (
+            functools.partial(_run, worker, [folder]))
+        workers = []
+        for local in range(args.nproc_per_node):
+            told = {"RANK": args.node_rank * args.nproc_per_node + local, "LOCAL_RANK": local,
+                    "WORLD_SIZE": args.nnodes * args.nproc_per_node,
+                    "MASTER_ADDR": args.master_addr, "MASTER_PORT": args.master_port}
+            workers.append(FORK.Process(target=_become_worker, args=(told, run)))
+            workers[-1].start()
         rank, status = end_together(workers)
         if status:
             failure = subprocess.CalledProcessError(status, worker)
@@ -214,20 +212,13 @@ def fork_workers_in_place_of_torch():
     torch_launcher.main = main
 
 
-def ranks_of(processes, nodes, node_rank, address, port):
-    """What torch's launcher tells each process of a machine."""
-    return [{"RANK": str(node_rank * processes + local), "LOCAL_RANK": str(local),
-             "WORLD_SIZE": str(nodes * processes), "MASTER_ADDR": address,
-             "MASTER_PORT": str(port)} for local in range(processes)]
-
-
-def _become_worker(worker, folder, variables):
-    os.environ.update(variables)
+def _become_worker(variables, run):
+    os.environ.update({name: str(value) for name, value in variables.items()})
     logging.disable(logging.NOTSET)
     warnings.resetwarnings()  # as Python starts: the launcher has silenced all
     for category in (PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
-    _run(worker, [folder])
+    run()
 
 
 def accept_made_up_cifar():
@@ -244,18 +235,16 @@ def free_port():
 
 
 def after_saving(action):
-    """For ``fork``'s before: call ``action`` once checkpoint.pth has been written."""
+    """For ``fork``'s before: call ``action`` once a checkpoint.pth has been written."""
     def change():
-        import convert_to_deit
+        replace = os.replace
 
-        save = convert_to_deit.save
-
-        def save_and_act(state, path):
-            save(state, path)
-            if path.endswith("/checkpoint.pth"):
+        def replace_and_act(source, target):
+            replace(source, target)
+            if os.path.basename(target) == "checkpoint.pth":
                 action()
 
-        convert_to_deit.save = save_and_act
+        os.replace = replace_and_act
 
     return change
 

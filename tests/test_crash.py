@@ -10,41 +10,51 @@ import shutil
 import signal
 import tempfile
 import time
-from pathlib import Path
+from argparse import Namespace
 
 import pytest
+import torch
 
 from conftest import error_of, log_of, rates_of, saved, train
 from deit_plugin import launcher
-from launches import PAIR, after_saving, fill_the_disk, fork, limit_file_size
+from launches import FORK, PAIR, after_saving, fill_the_disk, fork, kill_itself, limit_file_size
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 # Longer than any test; with a save after the first 100 epochs.
 LONG = ["--epochs", "500", "--save-freq", "100", "--eval-freq", "400"]
-INTERRUPTED = "interrupted: .*{}; the same command {}\n"
 
 
-@pytest.mark.parametrize("name, to_all, processes, status, says, more", [
-    ("SIGTERM", False, PAIR, 143, "", []),
-    ("SIGINT", False, 1, 130, INTERRUPTED.format("nothing saved yet", "starts again"), []),
-    ("SIGINT", True, 1, 130, INTERRUPTED.format(
-        "epochs? of 500 are saved in .*checkpoint.pth", "continues"), ["--save-freq", "1"]),
-], ids=["end", "interrupt", "Ctrl-C"])
-def test_ending_a_launch_ends_every_process(name, to_all, processes, status, says, more, flags,
+@pytest.mark.parametrize("name, processes, status, says", [
+    ("SIGTERM", PAIR, 143, ""),
+    ("SIGINT", 1, -signal.SIGINT,
+     "interrupted: .* epochs? of 500 are saved in .*; the same command continues")
+])
+def test_ending_a_launch_ends_every_process(name, processes, status, says, flags, refusal,
                                             tmp_path):
     """And every data worker. Ctrl-C, which a terminal sends to all of them, says what is saved."""
-    flags = [*flags, *LONG, "--num_workers", "1", *more]
+    flags = [*flags, *LONG, "--num_workers", "1", "--save-freq", "1"]
     with running("pets", *flags, processes=processes) as run:
         wait_for_epochs(tmp_path / "run", 2)
         assert len(processes_of(tmp_path)) >= 2 * processes
-        if name == "SIGTERM":
-            assert "another run" in error_of(fork("pets", *flags, processes=processes))
-        for process in [run.pid, *(processes_of(tmp_path) if to_all else ())]:
+        assert "another run" in refusal("pets", *flags, NPROC_PER_NODE=processes)
+        for process in [run.pid, *(processes_of(tmp_path) if name == "SIGINT" else ())]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, getattr(signal, name))
         wait_for(lambda: not processes_of(tmp_path), seconds=20)
         done = end_of(run)
-    assert done.returncode == status and re.fullmatch(says, done.stderr)
+    assert done.returncode == status and re.fullmatch(says, done.stderr.rstrip("\n"))
+
+
+@pytest.mark.parametrize("options, rank, says", [
+    ({}, 0, "nothing saved yet; the same command starts again"),
+    ({"overwrite": True}, 0, "the same command without --overwrite starts again"),
+    ({"eval": True}, 0, "the evaluation is not finished"),
+    ({}, 1, "the first machine saves the run; the same command continues")])
+def test_ctrl_c_says_what_is_lost(options, rank, says, capsys):
+    args = Namespace(**{"eval": False, "overwrite": False, **options})
+    with pytest.raises(SystemExit) as stop:
+        launcher.interrupted(args, launcher.Machines(1, 2, rank, "127.0.0.1", 1))
+    assert stop.value.code == 130 and says in capsys.readouterr().err
 
 
 def test_ctrl_c_while_a_launch_decides(flags, tmp_path):
@@ -57,25 +67,25 @@ def test_ctrl_c_while_a_launch_decides(flags, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_a_killed_launch_leaves_nothing_that_the_next_cannot_clear(flags, tmp_path, monkeypatch):
-    """No process, and a temporary folder that is not in use any more."""
-    def left_by_the_next_launch():
-        with launcher.temporary_folder() as used:
-            assert Path(used).parent == Path(folder)
-        return set(os.listdir(folder))
+def test_temporary_folders_of_killed_launches_are_removed(monkeypatch):
+    """And none that is in use, or not ours."""
+    def be_killed():
+        with launcher.temporary_folder():
+            kill_itself()
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path
-        monkeypatch.setenv("TMPDIR", folder)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
         os.mkdir(f"{folder}/finetune-results")  # somebody's
-        with running("pets", *flags, *LONG, "--num_workers", "1", TMPDIR=folder) as run:
-            wait_for_epochs(tmp_path / "run")
-            own = set(os.listdir(folder)) - {"finetune-results"}
-            assert len(own) == 1 and own < left_by_the_next_launch()  # it is in use
-            run.kill()
-            wait_for(lambda: not processes_of(tmp_path), seconds=20)
-        assert own < set(os.listdir(folder))
-        assert left_by_the_next_launch() == {"finetune-results"}
+        killed = FORK.Process(target=be_killed)
+        killed.start()
+        killed.join()
+        assert len(os.listdir(folder)) == 2
+        with launcher.temporary_folder() as used:
+            assert len(os.listdir(folder)) == 2
+            with launcher.temporary_folder():
+                assert os.path.isdir(used)
+        assert os.listdir(folder) == ["finetune-results"]
 
 
 @pytest.mark.parametrize("processes, workers, status, says", [
@@ -89,39 +99,41 @@ def test_a_process_that_is_killed_is_named(processes, workers, status, says, fla
     assert re.search(says, error_of(done, status)) and not processes_of(tmp_path)
 
 
-def test_a_finished_run_and_files_of_others_are_kept(flags, tmp_path):
+def test_files_of_others_are_kept(flags, tmp_path):
     """Also under --overwrite, which deletes only files of a run."""
-    run, own = tmp_path / "run", tmp_path / "run" / "checkpoint.pth"
+    run = tmp_path / "run"
     run.mkdir()
-    (run / "log.txt").write_text("my notes")
-    (run / "best_checkpoint.pth").write_text("mine")
-    train("pets", *flags, "--overwrite")
-    assert (run / "log.txt.old").read_text() == "my notes" and len(log_of(run)) == 2
-    assert (run / "best_checkpoint.pth.old").read_text() == "mine"
+    for name in ("log.txt", "best_checkpoint.pth", "notes.md"):
+        (run / name).write_text("mine")
+    train("pets", *flags, "--epochs", "1", "--overwrite")
+    for name in ("log.txt.old", "best_checkpoint.pth.old", "notes.md"):
+        assert (run / name).read_text() == "mine"
+    (run / "checkpoint.pth").unlink()
+    train("pets", *flags, "--epochs", "1")  # a log is not thrown away
+    assert len(log_of(run)) == 1 and '"epoch": 0' in (run / "log.txt.old").read_text()
 
+
+def test_a_finished_run_is_kept_unless_it_is_to_be_overwritten(run, flags, refusal):
+    own = run / "checkpoint.pth"
     (run / "report.png").write_text("ours")
-    (run / "notes.md").write_text("mine")
     with open(run / "log.txt", "a") as log:
         log.write('{"a": 1}\n[3]\n')
     before = own.read_bytes()
-    assert "nothing left to train" in train("pets", *flags).stdout
-    assert "nothing left to train" in train("pets", *flags[2:], "--resume", own).stdout
-    refused = error_of(fork("pets", *flags, "--weight-decay", "0.3"))
-    assert "--weight-decay 0.3 (there: 0.1)" in refused and "--overwrite" in refused
-    assert "would delete" in error_of(fork("pets", *flags, "--resume", own, "--overwrite"))
+    for words in ([], ["--resume", own]):
+        assert "nothing left to train" in train("pets", *flags, *words).stdout
     assert own.read_bytes() == before
-
+    refused = refusal("pets", *flags, "--weight-decay", "0.3")
+    assert "--weight-decay 0.3 (there: 0.1)" in refused and "--overwrite" in refused
+    assert "would delete" in refusal("pets", *flags, "--resume", own, "--overwrite")
+    more = refusal("pets", *flags, "--epochs", "3")
+    assert f"--resume {own}" in more and "another --output_dir" in more
     own.write_bytes(before[:-5000])
-    damaged = error_of(fork("pets", *flags))
+    damaged = refusal("pets", *flags)
     assert str(own) in damaged and "--overwrite" in damaged
     train("pets", *flags, "--weight-decay", "0.3", "--epochs", "1", "--overwrite")
     assert [row["epoch"] for row in log_of(run)] == [0]
     assert sorted(path.name for path in run.iterdir()) == [
-        ".lock", "best_checkpoint.pth", "best_checkpoint.pth.old", "checkpoint.pth", "log.txt",
-        "log.txt.old", "notes.md", "run.json"]
-    own.unlink()
-    train("pets", *flags, "--epochs", "1")  # a log is not thrown away
-    assert len(log_of(run)) == 1 and '"epoch": 0' in (run / "log.txt.old").read_text()
+        ".lock", "best_checkpoint.pth", "checkpoint.pth", "log.txt", "predictions.csv", "run.json"]
 
 
 @pytest.mark.parametrize("fails, says", [
@@ -146,17 +158,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags):
 
 def break_the_feeder():
     """A data worker's thread that hands over images fails, as with a socket's path too long."""
-    from multiprocessing import reduction
+    from multiprocessing.reduction import ForkingPickler
 
-    from deit_plugin import loaders
+    dumps = ForkingPickler.dumps
 
-    begin = loaders.begin_data_worker
+    def fail_in_data_workers(*arguments):
+        if torch.utils.data.get_worker_info():
+            raise OSError("path too long")
+        return dumps(*arguments)
 
-    def begin_and_break(number):
-        begin(number)
-        reduction.ForkingPickler.dumps = None
-
-    loaders.begin_data_worker = begin_and_break
+    ForkingPickler.dumps = fail_in_data_workers
 
 
 def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags, tmp_path):

@@ -4,18 +4,19 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import arguments as mini_deit
 import generate
-from conftest import copy_bundle, copy_deit, error_of, log_of, train
-from deit_plugin import errors, flags, job, weights
+from conftest import copy_bundle, copy_deit, error_of, log_of, patches_undone, train
+from deit_plugin import check, deit, errors, flags, job, weights
 from deit_plugin.data import Data
-from launches import PAIR, SCRIPTS, fork, launch
+from launches import DEIT, PAIR, SCRIPTS, fork, launch
 from underway import end_of, processes_of, running, wait_for_epochs
 
 YOURS = ["--data-path", "pets", "--output_dir", "out"]
@@ -126,27 +127,35 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     ("--opt no_such", "--opt no_such"), ("--resume /nowhere.pth", "/nowhere.pth"),
     ("--data-path /nowhere", "/nowhere"), ("--model no_such_model", "no_such_model"),
     ("--model resnet18", "--model resnet18"), ("--batch-size 400", "no whole step"),
-    ("--device cuda", "--device cpu"), (f"--output_dir {__file__}", __file__),
+    ("--repeated-aug --accum-iter 8", "49 // 256 .* 256 train images.* 8 .--accum-iter"),
+    ("--device cuda", "NPROC_PER_NODE=1, but torch can use 0 GPUs.*--device cpu"),
+    (f"--output_dir {__file__}", __file__),
     ("--data-path /", "/annotations/trainval.txt"), ("--output-dir x", "did you mean --output_dir"),
     ("--data-set imagenet --aa no_such", "--aa no_such"),
     ("--data-set imagenet --train-interpolation no_such", "no_such"),
-    ("--data-set cifar10 --data-path=~/cifar", "cannot download"),
     ({"NPROC_PER_NODE": "abc"}, "NPROC_PER_NODE=abc"), ({"NNODES": "0"}, "NNODES=0"),
     ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "::1"}, "NODE_RANK=2: .* from 0 to 1"),
     ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "b"}, "MASTER_PORT=b:"),
     ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "no host"}, "MASTER_ADDR=no host: .* known"),
-    ({"PYTHON": "/no/python"}, "/no/python"), ({"DEIT_DIR": None}, "DEIT_DIR.*git clone"),
-    ({"DEIT_DIR": "/nowhere"}, "DEIT_DIR=/nowhere.*git clone"),
 ])
-def test_a_mistake_ends_in_one_line_before_anything_is_written(wrong, says, flags, tmp_path):
+def test_a_mistake_ends_in_one_line_before_anything_is_written(wrong, says, refusal, flags,
+                                                               tmp_path):
     """A wrong flag, or a variable of the environment."""
-    variables = {"CUDA_VISIBLE_DEVICES": "", "HOME": tmp_path, "https_proxy": "http://127.0.0.1:9"}
-    if isinstance(wrong, str):
-        flags += wrong.split()
-    else:
-        variables.update(wrong)
-    assert re.search(says, error_of(fork("pets", *flags, **variables)))
+    words, variables = (wrong.split(), {}) if isinstance(wrong, str) else ([], wrong)
+    assert re.search(says, refusal("pets", *flags, *words, CUDA_VISIBLE_DEVICES="", **variables))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder, says", [
+    (None, "not set.*git clone"), ("/nowhere", "DEIT_DIR=/nowhere.*git clone"),
+    ("copy", f"imported from {DEIT}/.*rename")])
+def test_a_deit_that_is_not_there_or_was_imported_from_elsewhere(folder, says, deit_main, tmp_path,
+                                                                 monkeypatch):
+    if folder == "copy":
+        folder = str(copy_deit(tmp_path / "deit"))
+    monkeypatch.setenv("DEIT_DIR", folder or "")
+    with patches_undone(), pytest.raises(errors.UserError, match=says):
+        deit.import_main()
 
 
 def test_copied_into_a_checkout_with_another_package_named_datasets(flags, tmp_path):
@@ -167,30 +176,30 @@ def test_copied_into_a_checkout_with_another_package_named_datasets(flags, tmp_p
 
 
 def test_beside_modules_that_are_named_as_deit_s(flags, tmp_path):
-    """DeiT's modules win there, and a module from elsewhere is named."""
     project = copy_bundle(tmp_path / "project")
     (project / "utils").mkdir()
     for path in (project / "main.py", project / "utils" / "__init__.py"):
         path.write_text("raise SystemExit('the wrong module')")
     train("pets", *flags, scripts=project / "scripts")
 
-    def import_another():
-        sys.path.insert(0, str(tmp_path))
-        import engine  # noqa: F401
-
-    for folder in (tmp_path, project):  # the project's own of that name excuses nothing
-        (folder / "engine.py").write_text("train_one_epoch = evaluate = None")
-    line = error_of(fork("pets", *flags, scripts=project / "scripts", before=import_another))
-    assert f"engine was imported from {tmp_path}/engine.py" in line
-
 
 def test_a_bug_in_every_process_shows_one_traceback(flags, tmp_path):
     deit = copy_deit(tmp_path / "deit")
     with open(deit / "engine.py", "a") as engine:
         engine.write("\n\ndef train_one_epoch(*_, **__):\n    raise RuntimeError('a bug')\n")
-    done = launch("pets", *flags, processes=2, DEIT_DIR=deit)
+    done = fork("pets", *flags, processes=2, DEIT_DIR=deit)
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1, done.stderr
     assert done.stderr.endswith("RuntimeError: a bug\n")
+
+
+@pytest.fixture
+def checked(decide, capsys):
+    """checked(recipe, *flags): the exit status of --check, and what it prints."""
+    def look(recipe, *flags, **variables):
+        status = check.check(decide(recipe, *flags, "--check", **variables))
+        return status, capsys.readouterr().out
+
+    return look
 
 
 def test_check_says_ready_and_writes_nothing(flags, tmp_path):
@@ -207,28 +216,35 @@ def test_check_says_ready_and_writes_nothing(flags, tmp_path):
                  "0.0003 x 32 / 512", "--epochs 2 (published: 100)", str(small)):
         assert word in done.stdout
     assert "PROBLEM" not in done.stdout and not (tmp_path / "run").exists()
-    assert "PROBLEM  --opt none" in fork("pets", *flags, "--check", "--opt", "none").stdout
 
 
-def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_path):
+def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, checked, tmp_path):
     own = shutil.copytree(data / "folder", tmp_path / "own")
-    flags = [*flags, "--data-set", "folder", "--data-path", own, "--num_workers", "1", "--check"]
-    good = train("pets", *flags)
-    assert "on folder: 43 train and 6 test images, 3 classes" in good.stdout
-    assert "class bee has 14 train images, class ant has 15" in good.stdout
-    assert "ok       evaluation: a data worker hands over a batch" in good.stdout
-    assert "ok       duplicates: no image" in good.stdout and "warning" not in good.stdout
-    shutil.copy(sorted((own / "train" / "ant").iterdir())[0], own / "val" / "bee" / "copy.png")
+    flags = [*flags, "--data-set", "folder", "--data-path", own, "--num_workers", "1"]
+    status, good = checked("pets", *flags, "--device", "cuda", CUDA_VISIBLE_DEVICES="",
+                           NPROC_PER_NODE="2")
+    assert status == 0 and "not checked: no GPU" in good and "needs 2" in good
+    assert "on folder: 43 train and 6 test images, 3 classes" in good
+    assert "class bee has 14 train images, class ant has 15" in good
+    assert "ok       evaluation: a data worker hands over a batch" in good
+    assert "ok       duplicates: no image" in good and "warning" not in good
+    with Image.open(own / "train" / "ant" / "0.png") as image:
+        image.save(own / "val" / "bee" / "copy.png", compress_level=1, dpi=(72, 72))
     (own / "train" / "cow" / "notes.txt").touch()
+    for name, scale in (("dark", 1), ("bright", 16)):  # of a camera of 12 bits
+        pixels = numpy.linspace(0, 4095, 36).reshape(6, 6).astype("uint16")
+        Image.fromarray(pixels * scale).save(own / "train" / "cow" / f"{name}.png")
     for path in sorted((own / "train" / "bee").iterdir())[1:]:
         path.unlink()
-    done = train("pets", *flags)
-    assert "class bee has 1 train" in done.stdout and "fewer than two: bee" in done.stdout
-    assert "val/bee/copy.png = train/ant/0.png" in done.stdout
-    assert "left out" in done.stdout and "1 .txt" in done.stdout
+    status, said = checked("pets", *flags)
+    assert status == 0 and "class bee has 1 train" in said and "fewer than two: bee" in said
+    assert "makes the accuracy too high: val/bee/copy.png = train/ant/0.png" in said
+    assert "left out" in said and "1 .txt" in said
+    assert "brightness: 1 image of 16 bits" in said.replace("warning: ", "")
+    assert "dark.png" in said and "bright.png" not in said
 
 
-def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, tmp_path):
+def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, checked, tmp_path):
     """--check counts every problem, and no consequence of one."""
     pets = shutil.copytree(data / "pets", tmp_path / "pets")
     broken = sorted((pets / "images").glob("*.jpg"))[7:10]
@@ -236,20 +252,14 @@ def test_broken_images_are_named_by_a_run_and_by_check(data, flags, checkpoint, 
         image.write_bytes(image.read_bytes()[:150])
     for workers in ("0", "1"):
         line = error_of(fork("pets", *flags, "--data-path", pets, "--num_workers", workers), 1)
-        assert any(str(image) in line for image in broken)
+        assert any(str(image) in line for image in broken) and "--check" in line
     generate.moco_checkpoint(tmp_path / "moco.pth", width=64, depth=2)
-    done = fork("pets", *flags, "--data-path", pets, "--check", "--output_dir", checkpoint,
-                "--resume", tmp_path / "moco.pth")
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "not ready: 3 problems"
-    assert done.stdout.count("PROBLEM") == 3 and "3 of 70" in done.stdout
-    assert f"convert_to_deit.py --input {tmp_path / 'moco.pth'}" in done.stdout
-    assert all(str(image) in done.stdout for image in broken)
-    nothing = fork("pets", *flags, "--check", "--data-path", tmp_path / "gone")
-    assert nothing.stdout.splitlines()[-1] == "not ready: 1 problem"
-    few = fork("pets", *flags, "--check", "--repeated-aug", "--accum-iter", "8")
-    assert "49 // 256 * 256 train images" in few.stdout and "8 (--accum-iter)" in few.stdout
-    assert few.returncode == 2
+    status, said = checked("pets", *flags, "--data-path", pets, "--output_dir", checkpoint,
+                           "--resume", tmp_path / "moco.pth")
+    assert status == 2 and said.splitlines()[-1] == "not ready: 3 problems"
+    assert said.count("PROBLEM") == 3 and "3 of 70" in said
+    assert f"convert_to_deit.py --input {tmp_path / 'moco.pth'}" in said
+    assert all(str(image) in said for image in broken)
 
 
 def test_odd_surroundings_change_nothing(data, checkpoint, tmp_path):
@@ -278,24 +288,9 @@ def test_odd_surroundings_change_nothing(data, checkpoint, tmp_path):
         done = end_of(run)
     assert (done.returncode, done.stderr) == (0, "") and len(log_of(tmp_path / "run")) == 20
     odd.update(RANK="", WORLD_SIZE="", LOCAL_RANK="")
-    done = launch("pets", *flags, "~/run", "--hold-out", "0.2", processes=2,
-                  scripts=tmp_path / "linked", **odd)
-    assert "--hold-out 0.2 (there: 0.0)" in error_of(done)  # by one process, about the same run
-    for script in ("report.py", "predict.py", "export.py"):
-        subprocess.run([sys.executable, "-OO", SCRIPTS / script, "--help"], check=True,
-                       stdout=subprocess.DEVNULL)
-
-
-def test_too_few_gpus_are_named_before_any_process_starts(flags, tmp_path):
-    counter = tmp_path / "sitecustomize.py"  # Python imports it at its start
-    counter.write_text(f"open({str(tmp_path / 'started')!r}, 'a').write('x')")
-    flags += ["--device", "cuda", "--batch-size", "2"]
-    line = error_of(launch("pets", *flags, processes=8, PYTHONPATH=tmp_path,
-                           CUDA_VISIBLE_DEVICES=""))
-    assert "NPROC_PER_NODE=8" in line and "0 GPUs" in line and "--device cpu" in line
-    assert (tmp_path / "started").read_text() == "x"
-    check = fork("pets", *flags, "--check", processes=8, CUDA_VISIBLE_DEVICES="")
-    assert "GPUs: not checked" in check.stdout and "needs 8" in check.stdout
+    done = fork("pets", *flags, "~/run", "--hold-out", "0.2", processes=2,
+                scripts=tmp_path / "linked", **odd)
+    assert "--hold-out 0.2 (there: 0.0)" in error_of(done)  # about the same run
 
 
 def test_help_without_exec_bits_or_a_deit_and_with_another_shell(tmp_path):
