@@ -1,29 +1,30 @@
 """What is decided, once, before any process trains; and that the checkpoint is all that counts."""
-import json
 import os
-import re
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import error_of, log_of, saved, train
+import datasets
+from conftest import error_of, log_of, rewrite, saved, train
 from deit_plugin import provenance, weights
+from deit_plugin.data import checksum
 from deit_plugin.job import Job, Start, for_deit, read, write
-from launches import fork, kill_itself, launch
+from launches import after_saving, fork, kill_itself, launch
 
 
 def test_all_problems_are_named_in_one_answer_by_one_process(flags, tmp_path):
     counter = tmp_path / "sitecustomize.py"  # Python imports it at its start
     counter.write_text(f"open({str(tmp_path / 'started')!r}, 'a').write('x')")
     done = launch("pets", *flags, "--data-path", "/no/data", "--model", "no_such", "--mixup", "-1",
-                  "--decay-rate", "0.5", "--output_dir", __file__, processes=8, NNODES="0",
-                  PYTHONPATH=tmp_path)
+                  "--decay-rate", "0.5", "--output_dir", __file__, "--device", "cuda", processes=8,
+                  CUDA_VISIBLE_DEVICES="", PYTHONPATH=tmp_path)
     lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "") and len(lines) == 6, done.stderr
     for words in ("/no/data", "--model no_such", "--mixup -1", "--decay-rate has no effect",
-                  f"--output_dir {__file__}", "NNODES=0"):
+                  f"--output_dir {__file__}", "NPROC_PER_NODE=8, but torch can use 0 GPUs"):
         assert len([line for line in lines if line.startswith("error: ") and words in line]) == 1
     assert (tmp_path / "started").read_text() == "x"
 
@@ -96,109 +97,82 @@ def test_a_checkpoint_that_is_replaced_while_workers_start_is_refused(tmp_path):
         weights.read_again(path, mark, trust=False)
 
 
-def test_data_are_known_by_names_and_labels(data, flags, tmp_path):
-    """Of equal numbers, in swapped or renamed folders; a folder that was moved is the same."""
-    own, run = shutil.copytree(data / "folder", tmp_path / "own"), tmp_path / "run"
-    for name in ("train/ant/14.png", "val/ant/1.png"):  # as many as of the other classes
-        (own / name).unlink(missing_ok=True)
-    flags += ["--data-set", "folder", "--data-path", own, "--epochs", "1"]
-    train("pets", *flags)
-    own.rename(tmp_path / "moved")
-    assert "nothing left" in train("pets", *flags, "--data-path", tmp_path / "moved").stdout
-    (tmp_path / "moved").rename(own)
-    for split in ("train", "val"):
-        (own / split / "bee").rename(own / "other")
-        (own / split / "cow").rename(own / split / "bee")
-        (own / "other").rename(own / split / "cow")
-    line = error_of(fork("pets", *flags))
-    assert "names and labels of the train images" in line and "there: " in line
-    again = [*flags, "--output_dir", tmp_path / "again"]
-    train("pets", *again)
-    settings = [json.loads((path / "run.json").read_text())["settings"]
-                for path in (run, tmp_path / "again")]
-    differ = {name for name in settings[0] if settings[0][name] != settings[1][name]}
-    assert differ and all("checksum" in name for name in differ)
-    image = next((own / "train" / "ant").iterdir())
+def test_data_are_known_by_names_and_labels(data, tmp_path):
+    """Also images in swapped or renamed folders; a folder that was moved is the same."""
+    own = shutil.copytree(data / "folder", tmp_path / "own")
+
+    def known():
+        args = Namespace(data_set="folder", data_path=str(own), input_size=32)
+        return checksum(datasets.build_dataset(True, args)[0], str(own))
+
+    before = known()
+    own = own.rename(tmp_path / "moved")
+    assert known() == before
+    train = own / "train"
+    for old, new in (("bee", "other"), ("cow", "bee"), ("other", "cow")):
+        (train / old).rename(train / new)
+    swapped = known()
+    image = next((train / "ant").iterdir())
     image.rename(image.with_name("renamed.png"))
-    assert "train images" in error_of(fork("pets", *again))
+    assert len({before, swapped, known()}) == 3
 
 
-def kill_before_the_best_has_its_name():
-    from deit_plugin.run_folder import RunFolder
-
-    RunFolder.name_best = lambda self: kill_itself()
-
-
-def test_a_kill_between_two_checkpoints_leaves_no_best_of_another_epoch(flags, tmp_path):
+def test_a_kill_before_the_best_checkpoint_has_its_name(flags, refusal, tmp_path):
+    """The next launch names it, or a later one that is better, and none of another epoch."""
     run = tmp_path / "run"
-    train("pets", *flags, "--epochs", "2", "--eval-freq", "1")
-    best = log_of(run)[saved(run / "best_checkpoint.pth")["epoch"]]
-    flags = [*flags, "--output_dir", tmp_path / "killed"]
-    assert fork("pets", *flags, before=kill_before_the_best_has_its_name).returncode == 137
-    assert not (tmp_path / "killed" / "best_checkpoint.pth").exists()
+    assert fork("pets", *flags, before=after_saving(kill_itself)).returncode == 137
+    assert not (run / "best_checkpoint.pth").exists() and len(log_of(run)) == 1
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
     train("pets", *flags)
-    checkpoint = saved(tmp_path / "killed" / "best_checkpoint.pth")
-    assert checkpoint["best"] == {"epoch": best["epoch"], "acc1": best["test_acc1"]}
-    assert checkpoint["epoch"] == best["epoch"]
-
-
-def test_a_run_goes_on_without_its_log_and_its_notes(flags, tmp_path):
-    """The next evaluation is not the best because nothing is known of those before."""
-    run = tmp_path / "run"
-    train("pets", *flags, "--epochs", "1")
-    state = saved(run / "checkpoint.pth")
-    state["best"]["acc1"] = 101.0
-    for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        torch.save(state, tmp_path / name)
-        os.replace(tmp_path / name, run / name)
-    for name in ("log.txt", "run.json"):
-        (run / name).unlink()
-    more = ["--epochs", "2", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "more"]
-    done = train("pets", *flags, *more)
-    assert "(best accuracy 101.00 %)" in done.stdout and "101.00 % after epoch 1" in done.stdout
-    assert saved(tmp_path / "more" / "best_checkpoint.pth")["epoch"] == 0
-    assert [row["epoch"] for row in log_of(tmp_path / "more")] == [0, 1]
-
-
-def test_a_run_of_an_earlier_version_goes_on_with_its_log(flags, tmp_path):
-    run, parts = tmp_path / "run", ("rows", "best")
-    train("pets", *flags, "--epochs", "2", "--lr", "0.05", "--warmup-epochs", "0")
     rows = log_of(run)
     best = max(rows, key=lambda row: row["test_acc1"])
+    checkpoint = saved(run / "best_checkpoint.pth")
+    assert checkpoint["epoch"] == best["epoch"] == checkpoint["best"]["epoch"]
+    assert checkpoint["best"]["acc1"] == best["test_acc1"]
+    flags += ["--output_dir", copy, "--epochs", "1"]
+    rewrite(copy / "checkpoint.pth", lambda state: {
+        **state, "settings": {**state["settings"], "epochs": 1}})
+    assert "nothing left" in train("pets", *flags).stdout
+    assert saved(copy / "best_checkpoint.pth")["epoch"] == 0
+    (copy / "checkpoint.pth").unlink()
+    flags += ["--resume", copy / "best_checkpoint.pth", "--epochs", "2"]
+    assert "file of --output_dir" in refusal("pets", *flags)
+
+
+def test_a_run_goes_on_without_its_log_and_its_notes(run, flags, tmp_path):
+    """The next evaluation is not the best because nothing is known of those before."""
+    rewrite(run / "checkpoint.pth", lambda state: {
+        **state, "best": {"epoch": 1, "acc1": 101.0}})
+    shutil.copy(run / "checkpoint.pth", run / "best_checkpoint.pth")
+    for name in ("log.txt", "run.json"):
+        (run / name).unlink()
+    more = ["--epochs", "3", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "more"]
+    done = train("pets", *flags, *more)
+    assert "(best accuracy 101.00 %)" in done.stdout and "101.00 % after epoch 2" in done.stdout
+    assert saved(tmp_path / "more" / "best_checkpoint.pth")["epoch"] == 1
+    assert [row["epoch"] for row in log_of(tmp_path / "more")] == [0, 1, 2]
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_log(run, flags, decide, tmp_path):
+    """That had no rows, no best and no checksums in its checkpoint."""
+    rows = log_of(run)
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        state = saved(run / name)
-        settings = {key: value for key, value in state["settings"].items()
-                    if "checksum" not in key}
-        state = {key: value for key, value in state.items() if key not in parts}
-        torch.save({**state, "settings": settings}, tmp_path / name)
-        os.replace(tmp_path / name, run / name)
+        rewrite(run / name, lambda state: {
+            **{key: value for key, value in state.items() if key not in ("rows", "best")},
+            "settings": {key: value for key, value in state["settings"].items()
+                         if "checksum" not in key}})
     with open(run / "log.txt", "a") as log:
         log.write('{"epoch": 2, "test_acc1": 99}\n{"epo')  # of an epoch without a checkpoint
-    more = ["--epochs", "3", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "more",
-            "--lr", "0.05", "--warmup-epochs", "0"]
-    said = train("pets", *flags, *more).stdout
-    assert log_of(tmp_path / "more")[:2] == rows
-    best_so_far = float(re.search(r"best accuracy ([\d.]+) %", said)[1])
-    assert best_so_far == pytest.approx(
-        max(best["test_acc1"], log_of(tmp_path / "more")[2]["test_acc1"]), abs=0.01)
+    found = decide("pets", *flags, "--epochs", "3", "--resume", run / "checkpoint.pth",
+                   "--output_dir", tmp_path / "more")
+    best = max(rows, key=lambda row: row["test_acc1"])
+    start = found.decided.start
+    assert not found.problems and start.rows == rows
+    assert (start.best["epoch"], start.best["acc1"]) == (best["epoch"], best["test_acc1"])
 
 
-
-
-def test_nothing_is_downloaded_for_a_launch_that_cannot_work(flags, tmp_path):
+def test_a_download_that_fails_or_is_not_worth_it_ends_in_one_line(flags, tmp_path):
     flags += ["--data-set", "cifar10", "--data-path", tmp_path / "cifar"]
-    wrong = fork("pets", *flags, "--model", "no_such", https_proxy="http://127.0.0.1:9")
-    assert "--model no_such" in error_of(wrong) and not (tmp_path / "cifar").exists()
-
-
-def test_a_run_whose_last_epoch_was_the_best_gets_its_best_checkpoint(flags, tmp_path):
-    """Also if it was killed between the two names; and no file of --output_dir is a --resume."""
-    run = tmp_path / "run"
-    flags += ["--epochs", "1"]
-    assert fork("pets", *flags, before=kill_before_the_best_has_its_name).returncode == 137
-    assert not (run / "best_checkpoint.pth").exists()
-    assert "nothing left" in train("pets", *flags).stdout
-    assert saved(run / "best_checkpoint.pth")["epoch"] == 0
-    (run / "checkpoint.pth").unlink()
-    flags += ["--resume", run / "best_checkpoint.pth", "--epochs", "2"]
-    assert "file of --output_dir" in error_of(fork("pets", *flags))
+    for words, says in ((["--model", "no_such"], "--model no_such"), ([], "cannot download")):
+        failed = fork("pets", *flags, *words, https_proxy="http://127.0.0.1:9")
+        assert says in error_of(failed) and not (tmp_path / "cifar").exists()
