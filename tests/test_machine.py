@@ -1,17 +1,19 @@
 """What differs between machines: how processes start, file systems, full disks, and who reads."""
+import errno
+import fcntl
 import os
 import re
 import select
 import subprocess
 import sys
-import textwrap
+from unittest import mock
 
 import pytest
 
 import generate
 from conftest import error_of, log_of, train
 from deit_plugin import errors, launcher
-from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script, launch
+from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script
 
 
 def start_processes_anew():
@@ -23,54 +25,37 @@ def start_processes_anew():
 
 def test_data_workers_with_any_start_method(data, flags, tmp_path):
     options = {"before": start_processes_anew}
-    flags += ["--num_workers", "1"]
+    flags += ["--num_workers", "1", "--epochs", "1"]
     assert "ready" in train("pets", *flags, "--check", **options).stdout
-    train("pets", *flags, "--epochs", "1", **options)
+    train("pets", *flags, **options)
     path = tmp_path / "run" / "best_checkpoint.pth"
-    assert "test accuracy" in train("pets", *flags, "--eval", "--resume", path, **options).stdout
     photo = next((data / "pets" / "images").glob("*.jpg"))
     done = fork_script(SCRIPTS / "predict.py", "--resume", path, photo, variables=environment(),
                        **options)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 2), done.stderr
 
 
+def refuse_locks_and_fsync():
+    """As Lustre without flock, and some CIFS mounts."""
+    def refuse(number):
+        return mock.Mock(side_effect=OSError(number, os.strerror(number)))
+
+    fcntl.flock = fcntl.lockf = refuse(errno.ENOSYS)
+    os.fsync = refuse(errno.EINVAL)
+
+
 def test_a_file_system_without_locks_and_fsync(flags, tmp_path):
-    """As Lustre without flock, and some CIFS mounts. Python imports sitecustomize at its start."""
-    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent("""
-        import errno, fcntl, os
-
-        def refuse(number):
-            def answer(*_):
-                raise OSError(number, os.strerror(number))
-            return answer
-
-        fcntl.flock = fcntl.lockf = refuse(errno.ENOSYS)
-        os.fsync = refuse(errno.EINVAL)
-        """))
-    done = launch("pets", *flags, PYTHONPATH=tmp_path)
-    assert done.returncode == 0 and len(log_of(tmp_path / "run")) == 2, done.stderr
+    done = train("pets", *flags, "--epochs", "1", before=refuse_locks_and_fsync)
     assert done.stderr.count("\n") == 1 and "cannot be locked" in done.stderr
 
 
-def test_a_lock_file_that_cannot_be_opened_stops_no_run(flags, tmp_path):
+def test_a_folder_whose_name_is_not_utf_8_and_a_lock_that_cannot_be_opened(flags, tmp_path):
     """As somebody else's; root can open all but a folder."""
-    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    folder = os.path.join(tmp_path, os.fsdecode(b"n\xff n"))
+    os.makedirs(os.path.join(folder, ".lock"))
+    flags += ["--output_dir", folder, "--epochs", "1"]
     assert "cannot be locked" in train("pets", *flags).stderr
-
-
-def test_an_output_folder_whose_name_is_not_utf_8(flags, tmp_path):
-    flags += ["--output_dir", os.path.join(tmp_path, os.fsdecode(b"n\xff n")), "--epochs", "1"]
-    train("pets", *flags)
     assert "nothing left" in train("pets", *flags).stdout
-
-
-@pytest.fixture(scope="module")
-def run(data, checkpoint, tmp_path_factory):
-    """The folder of a Pets run."""
-    folder = tmp_path_factory.mktemp("run")
-    train("pets", "--resume", checkpoint, "--data-path", data / "pets", "--output_dir", folder,
-          "--epochs", "1")
-    return folder
 
 
 def print_to_a_full_disk():
@@ -79,14 +64,14 @@ def print_to_a_full_disk():
 
 @pytest.mark.parametrize("command", ["train", "eval", "check", "convert", "predict", "report",
                                      "help"])
-def test_what_cannot_be_printed_is_an_error(command, data, flags, run, tmp_path):
+def test_what_cannot_be_printed_is_an_error(command, data, flags, finished, tmp_path):
     """Of every command, also where argparse hides it."""
-    own, moco = run / "best_checkpoint.pth", tmp_path / "moco.pth"
+    own, moco = finished / "best_checkpoint.pth", tmp_path / "moco.pth"
     more = {"train": [], "eval": ["--eval", "--resume", own], "check": ["--check"]}
     scripts = {"convert": (ROOT / "convert_to_deit.py", "--input", moco, "--output",
                            tmp_path / "c"),
                "predict": (SCRIPTS / "predict.py", "--resume", own, data / "pets" / "images"),
-               "report": (SCRIPTS / "report.py", run, "--output", tmp_path / "report.png"),
+               "report": (SCRIPTS / "report.py", finished, "--output", tmp_path / "report.png"),
                "help": (SCRIPTS / "predict.py", "--help")}
     if command == "convert":
         generate.moco_checkpoint(moco, width=64, depth=2)
@@ -106,7 +91,7 @@ def test_an_epoch_that_cannot_be_printed_is_saved(flags, tmp_path):
 PRINTS = """
 import os, sys, time
 sys.path.insert(0, {scripts!r})
-from deit_plugin import errors
+from deit_plugin import errors, launcher
 
 def main():
     print("first", flush=True)

@@ -18,24 +18,24 @@ def train_three_epochs():
 
     The first is seeded, since timm's versions draw unequal numbers to initialise a model.
     """
-    from deit_plugin import loaders
+    from torch.nn.parallel import DistributedDataParallel
 
     sys.path.insert(0, os.environ["DEIT_DIR"])
     import engine
 
     sys.path.pop(0)
-    train, training = engine.train_one_epoch, loaders.training
+    train, init = engine.train_one_epoch, DistributedDataParallel.__init__
 
     def train_three(model, criterion, data_loader, optimizer, device, epoch, *rest, **options):
         if epoch >= 3:
             return {"lr": optimizer.param_groups[0]["lr"], "loss": 0.0}
         return train(model, criterion, data_loader, optimizer, device, epoch, *rest, **options)
 
-    def seeded(*arguments):
+    def init_and_seed(*arguments, **options):
+        init(*arguments, **options)
         torch.manual_seed(0)
-        return training(*arguments)
 
-    engine.train_one_epoch, loaders.training = train_three, seeded
+    engine.train_one_epoch, DistributedDataParallel.__init__ = train_three, init_and_seed
 
 
 @pytest.mark.parametrize("era", [
