@@ -1,5 +1,4 @@
 """What the tests share: small data, a converted checkpoint, and readers of what a run leaves."""
-import contextlib
 import json
 import math
 import os
@@ -7,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survive a fork
 
@@ -17,14 +14,13 @@ import pytest  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & ignores
 
-import timm  # noqa: E402
 import torch  # noqa: E402
-from PIL import ImageOps  # noqa: E402
 
 import generate  # noqa: E402
 from launches import (  # noqa: E402
     DEIT,
     DEPTH,
+    FORK,
     REAL_DEIT,
     ROOT,
     SCRIPTS,
@@ -109,33 +105,24 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@contextlib.contextmanager
-def patches_undone():
-    """Undo what deit.import_main patches in Pillow and timm, which forks have to do themselves."""
-    contents = [(module, dict(vars(module))) for module in (ImageOps, timm.data.transforms)]
-    with warnings.catch_warnings(), mock.patch.object(sys, "path", list(sys.path)):
-        yield
-    for module, content in contents:
-        vars(module).clear()
-        vars(module).update(content)
-
-
-@pytest.fixture(scope="session")
-def deit_main():
-    """DeiT's main, imported as in a launch."""
-    with patches_undone(), mock.patch.dict(os.environ, DEIT_DIR=str(DEIT)):
-        return deit.import_main()
-
-
 @pytest.fixture
-def decide(deit_main):
-    """decide(recipe, *flags, **variables): the Decision on a launch, which is not started."""
+def decide():
+    """decide(recipe, *flags, **variables): the Decision on a launch, which is not started.
+
+    A process of its own makes it, since to import DeiT patches timm and Pillow. It keeps the model.
+    """
     def decide(recipe, *flags, small=True, **variables):
         words = run_by_shell(command(recipe, *flags, small=small)).stdout.splitlines()[1:]
-        with mock.patch.dict(os.environ, environment(**variables), clear=True):
-            return finetune.decide(deit_main, words)
+        with FORK.Pool(1) as pool:
+            return pool.apply(_decide, (words, environment(**variables)))
 
     return decide
+
+
+def _decide(words, variables):
+    os.environ.clear()
+    os.environ.update(variables)
+    return finetune.decide(deit.import_main(), words)._replace(model=None)
 
 
 @pytest.fixture
