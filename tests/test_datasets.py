@@ -359,13 +359,7 @@ def test_transparency_is_white(tmp_path, mode, form):
     assert abs(found[:, :4].astype(int) - 40).max() <= 4 and (found[:, 4:] == 255).all()
 
 
-def test_orientation_and_animation(tmp_path):
-    left_red = Image.new("RGB", (16, 8))
-    left_red.paste((255, 0, 0), (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    turned = shown(tmp_path / "a.jpg", left_red, exif=exif, quality=95)
-    assert turned.size == (8, 16) and turned.getpixel((4, 2))[0] > 200 > turned.getpixel((4, 13))[0]
+def test_an_animation_yields_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0))]
     first = shown(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
     assert first.getpixel((0, 0)) == (255, 0, 0)
@@ -381,32 +375,35 @@ def test_a_pipe_among_listed_photos_is_named(copy):
         build("pets", pets)[3]
 
 
-def test_whatever_pillow_opens_is_used_and_hidden_files_are_not(copy, tmp_path):
+def test_whatever_pillow_opens_is_used_but_hidden_files_and_copies_are_not(copy, tmp_path):
     folder = copy("folder")
     before = [len(build("folder", folder, train)) for train in (True, False)]
-    bee = folder / "train" / "bee"
-    picture = Image.new("RGB", (9, 9))
-    for name, form in (("a.jfif", "JPEG"), ("b.gif", "GIF"), ("c", "PNG"), ("deep/d.JPG", "JPEG"),
-                       (".e.jpg", "JPEG"), ("._f.jpg", "JPEG"), ("@eaDir/g.jpg", "JPEG"),
-                       (".ipynb_checkpoints/h.jpg", "JPEG"), ("__MACOSX/i.jpg", "JPEG")):
-        shown(bee / name, picture, format=form)
-    (bee / "movie.mp4").write_bytes(b"\0" * 99)
-    (bee / "notes").write_text("none")
-    os.mkfifo(str(bee / "k.jpg"))  # to open a pipe would take forever
-    os.mkfifo(str(bee / "pipe"))
-    (bee / "circle").symlink_to("circle")
-    (tmp_path / "outside").mkdir()
-    shown(tmp_path / "outside" / "j.png", picture)
+    bee, picture = folder / "train" / "bee", Image.new("RGB", (9, 9))
     (bee / "link").symlink_to(tmp_path / "outside")
+    used = ("a.jfif", "b.gif", "c", "deep/d.JPG", "link/j.png")
+    hidden = (".e.jpg", "._f.jpg", "@eaDir/g.jpg", ".ipynb_checkpoints/h.jpg", "__MACOSX/i.jpg")
+    copies = ("a.png~", "a.bak", "a.NEF", "a.dng", "a.THM", "a.psd", "a.jpg.part", "a.crdownload")
+    for name in (*used, *hidden, *copies):
+        form = {".gif": "GIF", ".png": "PNG"}.get(Path(name).suffix, "JPEG")
+        shown(tmp_path / "outside" / "j.png" if "link" in name else bee / name, picture,
+              format=form)
+    for name, content in (("movie.mp4", b"\0" * 99), ("notes", b"none"),  # not opened by Pillow,
+                          ("features.h5", b"\x89HDF\r\n\x1a\n" + bytes(100)),  # or only in part
+                          ("a.grib", b"GRIB" + bytes(3) + b"\x01" + bytes(100))):
+        (bee / name).write_bytes(content)
+    for name in ("k.jpg", "pipe"):  # to open a pipe would take forever
+        os.mkfifo(str(bee / name))
+    (bee / "circle").symlink_to("circle")
     for split in ("train", "val"):
         (folder / split / ".ipynb_checkpoints").mkdir()
         (folder / split / "__MACOSX").mkdir()
     dataset = build("folder", folder)
-    assert dataset.classes == ["ant", "bee", "cow"] and len(dataset) == before[0] + 5
-    assert {Path(path).name for path, _ in dataset.samples} >= {
-        "a.jfif", "b.gif", "c", "d.JPG", "j.png"}
-    assert dataset.left_out == {".mp4": 1, "without an ending": 2, "not a regular file": 2}
-    assert "1 .mp4" in datasets.left_out_in_words(dataset.left_out)
+    assert dataset.classes == ["ant", "bee", "cow"] and len(dataset) == before[0] + len(used)
+    assert {Path(name).name for name in used} < {Path(path).name for path, _ in dataset.samples}
+    assert dataset.left_out == {
+        "without an ending": 2, "not a regular file": 2, **dict.fromkeys(
+            [".mp4", ".h5", ".grib", *(Path(name).suffix for name in copies)], 1)}
+    assert "2 without an ending" in datasets.left_out_in_words(dataset.left_out)
     assert len(build("folder", folder, False)) == before[1]
 
 

@@ -8,7 +8,6 @@ from argparse import Namespace
 import numpy
 import pytest
 import scipy.io
-import scipy.optimize
 import timm
 import torch
 import torchvision
@@ -64,21 +63,22 @@ def neighbours_by_numpy(train, labels, test, k):
     return numpy.array(predicted)
 
 
-def logistic_by_numpy(x, labels, decay):
-    """Weights (37, width) and bias (37,), by another optimizer's own gradients."""
-    hot = numpy.eye(37)[labels]
+def logistic_by_torch(x, labels, decay):
+    """Weights (37, width) and bias (37,), by another optimizer."""
+    w, b = (torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+            for shape in ((37, x.shape[1]), (37,)))
+    optimizer = torch.optim.LBFGS([w, b], max_iter=1000, line_search_fn="strong_wolfe")
 
-    def objective(flat):
-        w, b = flat[:-37].reshape(37, -1), flat[-37:]
-        logits = x @ w.T + b
-        logits = logits - logits.max(axis=1, keepdims=True)
-        p = numpy.exp(logits) / numpy.exp(logits).sum(axis=1, keepdims=True)
-        loss = -numpy.log(p[hot > 0]).sum() + decay / 2 * (w ** 2).sum()
-        return loss, numpy.concatenate([((p - hot).T @ x + decay * w).ravel(), (p - hot).sum(0)])
+    def loss():
+        optimizer.zero_grad()
+        logits = torch.from_numpy(x) @ w.T + b
+        value = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels),
+                                                  reduction="sum") + decay / 2 * (w ** 2).sum()
+        value.backward()
+        return value
 
-    start = numpy.zeros(37 * (x.shape[1] + 1))
-    flat = scipy.optimize.minimize(objective, start, jac=True, method="CG").x
-    return flat[:-37].reshape(37, -1), flat[-37:]
+    optimizer.step(loss)
+    return w.detach().numpy(), b.detach().numpy()
 
 
 def test_features_knn_and_logistic_regression_beside_independent_ones(tiny, data, tmp_path):
@@ -103,7 +103,7 @@ def test_features_knn_and_logistic_regression_beside_independent_ones(tiny, data
         assert abs(found["knn"][str(k)]["acc1"] - 100 * hits.mean()) < 100 / 21 + 0.01
         assert f"kNN, k = {k}: {found['knn'][str(k)]['acc1']:.2f} %" in done.stdout
     logistic = found["logistic"]
-    w, b = logistic_by_numpy(x, labels, logistic["weight_decay"])
+    w, b = logistic_by_torch(x, labels, logistic["weight_decay"])
     hits = (y @ w.T + b).argmax(axis=1) == asked
     assert logistic["acc1"] == pytest.approx(100 * hits.mean(), abs=1)
     per_class = [hits[asked == label].mean() for label in set(asked)]
@@ -124,7 +124,7 @@ def test_features_on_held_out_images_open_no_test_image(tiny, data, tmp_path):
     assert (found["train_images"], found["test_images"]) == (42, 7), done.stderr
     for wrong, says in (([], "is missing"), (["--output", tiny[0]], "same file as --resume"),
                         (["--data-set", "nope"], "choose from"), (["--model", "nope"], "nope"),
-                        (["--model", "vit_base_patch16_224"], "deit_tiny_patch16_224"),
+                        (["--model", "deit_small_patch16_224"], "deit_tiny_patch16_224"),
                         (["--resume", "/no/file"], "/no/file")):
         assert says in error_of(features(*flags, *wrong))
 

@@ -9,7 +9,7 @@ import torch
 
 import datasets
 from conftest import error_of, log_of, rewrite, saved, train
-from deit_plugin import provenance, weights
+from deit_plugin import weights
 from deit_plugin.data import checksum
 from deit_plugin.job import Job, Start, for_deit, read, write
 from launches import after_saving, fork, kill_itself, launch
@@ -71,19 +71,6 @@ def test_the_rate_that_deit_scales_counts_accumulated_batches(unscale, rate):
     decided = job()
     decided.args.accum_iter, decided.args.lr, decided.args.unscale_lr = 4, 0.3, unscale
     assert for_deit(decided).lr == pytest.approx(rate) and decided.args.lr == 0.3
-
-
-def test_a_checksum_of_weights_is_of_their_values(tmp_path):
-    """Not only of names and sizes, nor of the file's own name."""
-    found = []
-    for folder, value in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
-        path = tmp_path / folder / "weights.pth"
-        path.parent.mkdir()
-        torch.save({"model": {"norm.bias": torch.full((8,), value)}}, path)
-        found.append(provenance.of_weights(str(path))["crc32"])
-    assert found[0] == found[2] != found[1]
-    (tmp_path / "a" / "weights.pth").rename(tmp_path / "moved.pth")
-    assert provenance.of_weights(str(tmp_path / "moved.pth"))["crc32"] == found[0]
 
 
 def test_a_checkpoint_that_is_replaced_while_workers_start_is_refused(tmp_path):

@@ -62,12 +62,11 @@ def print_to_a_full_disk():
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "check", "convert", "predict", "report",
-                                     "help"])
+@pytest.mark.parametrize("command", ["train", "check", "convert", "predict", "report", "help"])
 def test_what_cannot_be_printed_is_an_error(command, data, flags, finished, tmp_path):
     """Of every command, also where argparse hides it."""
     own, moco = finished / "best_checkpoint.pth", tmp_path / "moco.pth"
-    more = {"train": [], "eval": ["--eval", "--resume", own], "check": ["--check"]}
+    more = {"train": [], "check": ["--check"]}
     scripts = {"convert": (ROOT / "convert_to_deit.py", "--input", moco, "--output",
                            tmp_path / "c"),
                "predict": (SCRIPTS / "predict.py", "--resume", own, data / "pets" / "images"),

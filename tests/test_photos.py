@@ -51,17 +51,7 @@ def test_a_folder_that_contains_itself_is_entered_once(own):
     assert len(folders(own)[0].train) == before
 
 
-def test_copies_beside_photos_and_what_pillow_only_recognises_are_left_out(own):
-    ant, photo = own / "train" / "ant", next((own / "train" / "ant").glob("*.png"))
-    before = len(folders(own)[0].train)
-    names = ["a.png~", "a.bak", "a.NEF", "a.dng", "a.THM", "a.psd", "a.jpg.part", "a.crdownload"]
-    for name in names:
-        shutil.copy(photo, ant / name)
-    (ant / "features.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
-    (ant / "a.grib").write_bytes(b"GRIB" + bytes(3) + b"\x01" + bytes(100))
-    shutil.copy(photo, ant / "no_ending")
-    split = folders(own)[0].train
-    assert len(split) == before + 1 and sum(split.left_out.values()) == len(names) + 2
+def test_photos_of_an_iphone_alone_say_what_to_install(own):
     (own / "val" / "ant" / "only.heic").write_bytes(b"\x00" * 50)
     for path in (own / "val" / "ant").glob("*.png"):
         path.unlink()
