@@ -157,6 +157,17 @@ def moco_checkpoint(path, width=192, depth=12, mlp_dim=64, dim=32, prefix="modul
     return checkpoint
 
 
+def finished_model(path, classes, size, width=192, head=None, **settings):
+    """A checkpoint as a run leaves it, of ViT-Tiny or a wider model; returns its tensors."""
+    state = encoder_state(width, 12)
+    state.update({"head.weight": torch.ones(len(classes), width) if head is None else head,
+                  "head.bias": torch.zeros(len(classes)),
+                  "pos_embed": sin_cos_table(width, size // 16)})
+    settings = {"model": "deit_tiny_patch16_224", "input_size": size, **settings}
+    torch.save({"model": state, "settings": settings, "classes": list(classes)}, str(path))
+    return state
+
+
 def main():
     """The command line, for demo.sh and benchmark.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],

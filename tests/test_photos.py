@@ -9,7 +9,6 @@ from argparse import Namespace
 
 import numpy
 import pytest
-import torch
 from PIL import Image, ImageOps
 
 import datasets
@@ -142,12 +141,8 @@ def test_odd_names_are_written_in_one_way_that_reads_back(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    """The path of a finished model: ViT-Tiny for Pets, of 32 pixels."""
-    state = generate.encoder_state(192, 12)
-    state.update({"head.weight": torch.ones(2, 192), "head.bias": torch.zeros(2),
-                  "pos_embed": generate.sin_cos_table(192, 2)})
-    settings = {"model": "deit_tiny_patch16_224", "input_size": 32, "data_set": "pets"}
-    torch.save({"model": state, "settings": settings, "classes": ["a", "b"]}, tmp_path / "a.pth")
+    """The path of a finished model for Pets."""
+    generate.finished_model(tmp_path / "a.pth", "ab", 32, data_set="pets")
     return tmp_path / "a.pth"
 
 

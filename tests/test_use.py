@@ -173,12 +173,11 @@ def test_an_export_replaces_nothing_but_an_export(tiny, tmp_path):
 
 def test_a_vit_small_on_a_transparent_photo(tmp_path):
     """With MoCo v3's 12 heads, at 192 pixels: predict.py and the export, against timm."""
-    state, rng = generate.encoder_state(384, 12), numpy.random.RandomState(0)
-    state.update({"head.weight": torch.from_numpy(rng.randn(3, 384)).float() / 10,
-                  "head.bias": torch.zeros(3), "pos_embed": generate.sin_cos_table(384, 12)})
-    settings = {"model": "moco_v3_vit_small_patch16_224", "input_size": 192, "data_set": "folder"}
     path, photo, out = (tmp_path / name for name in ("best.pth", "photo.png", "exported"))
-    torch.save({"model": state, "settings": settings, "classes": ["a", "b", "c"]}, path)
+    rng = numpy.random.RandomState(0)
+    state = generate.finished_model(
+        path, "abc", 192, 384, torch.from_numpy(rng.randn(3, 384)).float() / 10,
+        model="moco_v3_vit_small_patch16_224", data_set="folder")
     pixels = rng.randint(0, 256, (30, 40, 4)).astype("uint8")
     Image.fromarray(pixels, "RGBA").resize((400, 300)).save(photo)
     model = timm.models.vision_transformer.VisionTransformer(
