@@ -109,7 +109,7 @@ def run(finished, tmp_path):
 def decide():
     """decide(recipe, *flags, **variables): the Decision on a launch, which is not started.
 
-    A process of its own makes it, since to import DeiT patches timm and Pillow. It keeps the model.
+    A forked process decides, since to import DeiT patches timm and Pillow. The model stays there.
     """
     def decide(recipe, *flags, small=True, **variables):
         words = run_by_shell(command(recipe, *flags, small=small)).stdout.splitlines()[1:]
