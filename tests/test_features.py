@@ -18,6 +18,7 @@ import generate
 import published
 from conftest import ERAS, error_of, log_of, saved, train
 from deit_plugin.data import load
+from features import fit, predict
 from launches import MODEL, SCRIPTS, WIDTH, environment, fork, fork_script
 from test_convert import status_of
 
@@ -108,6 +109,10 @@ def test_features_knn_and_logistic_regression_beside_independent_ones(tiny, data
     assert logistic["acc1"] == pytest.approx(100 * hits.mean(), abs=1)
     per_class = [hits[asked == label].mean() for label in set(asked)]
     assert logistic["acc_per_class"] == pytest.approx(100 * numpy.mean(per_class), abs=1)
+    w, b = logistic_by_torch(x, labels, 1.0)
+    fitted = fit(torch.tensor(x).float(), torch.tensor(labels), 1.0, 37, None)
+    assert torch.allclose(predict(torch.tensor(y).float(), fitted).double().softmax(dim=1),
+                          torch.from_numpy(y @ w.T + b).softmax(dim=1), atol=5e-3)
     assert 0 <= logistic["held_out_acc1"] <= 100 and 1e-6 <= logistic["weight_decay"] <= 1e5
 
 
