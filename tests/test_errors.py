@@ -132,7 +132,9 @@ def test_weights_that_do_not_fit_are_refused(width, depth, more, says):
     ("--repeated-aug --accum-iter 8", "49 // 256 .* 256 train images.* 8 .--accum-iter"),
     ("--device cuda", "NPROC_PER_NODE=1, but torch can use 0 GPUs.*--device cpu"),
     (f"--output_dir {__file__}", __file__),
-    ("--data-path /", "/annotations/trainval.txt"), ("--output-dir x", "did you mean --output_dir"),
+    ("--data-path /", "/annotations/trainval.txt"), ("--learning-rate 1", "--all-flags"),
+    ("--hold_out 0.1 --output-dir=x", "did you mean --hold-out and --output_dir"),
+    ("--seed 1 photos", "in quotes"),
     ("--data-set imagenet --aa no_such", "--aa no_such"),
     ("--data-set imagenet --train-interpolation no_such", "no_such"),
     ({"NPROC_PER_NODE": "abc"}, "NPROC_PER_NODE=abc"), ({"NNODES": "0"}, "NNODES=0"),
@@ -217,6 +219,8 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
     with Image.open(own / "train" / "ant" / "0.png") as image:
         image.save(own / "val" / "bee" / "copy.png", compress_level=1, dpi=(72, 72))
     (own / "train" / "cow" / "notes.txt").touch()
+    (own / "train" / "cow" / "calf").mkdir()
+    next((own / "train" / "cow").glob("*.png")).rename(own / "train" / "cow" / "calf" / "a.png")
     for name, scale in (("dark", 1), ("bright", 16)):  # of a camera of 12 bits
         pixels = numpy.linspace(0, 4095, 36).reshape(6, 6).astype("uint16")
         Image.fromarray(pixels * scale).save(own / "train" / "cow" / f"{name}.png")
@@ -224,7 +228,9 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
         path.unlink()
     said = train("pets", *flags).stdout
     assert "class bee has 1 train" in said and "fewer than two: bee" in said
-    assert "makes the accuracy too high: val/bee/copy.png = train/ant/0.png" in said
+    twins = "val/bee/copy.png = train/ant/0.png"
+    assert f"too high: {twins}; 1 image in more than one class: {twins}" in said
+    assert "in a class folder belong to that class: cow/calf" in said
     assert "left out" in said and "1 .txt" in said
     assert "1 image of 16 bits" in said and "dark.png" in said and "bright.png" not in said
 

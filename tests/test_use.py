@@ -129,10 +129,12 @@ def test_predict_labels_new_images(tiny, data, tmp_path):
         shutil.copy(image, photos / "deep")
     shutil.copy(images[0], photos / ".hidden.jpg")
     (photos / "broken.jpg").write_bytes(images[0].read_bytes()[:200])
+    (photos / "iphone.HEIC").write_bytes(b"none")  # a photo, unlike the next
     (photos / "notes.txt").write_text("none")
     os.mkfifo(str(photos / "pipe.jpg"))
     done = python("predict.py", "--resume", path, photos, "--batch-size", "3")
     assert done.returncode == 1 and str(photos / "broken.jpg") in done.stderr, done.stderr
+    assert f"{photos / 'iphone.HEIC'} is not readable" in done.stderr
     assert ".txt" in done.stderr and "1 not a regular file" in done.stderr
     assert "Traceback" not in done.stderr
     expected = {row["image"]: row for row in rows_of((tiny / "predictions.csv").read_text())}
