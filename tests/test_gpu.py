@@ -21,7 +21,7 @@ import generate
 import launches
 from conftest import log_of, rates_of, saved
 from launches import GPUS
-from test_resume import assert_identical, leave_out_seeding  # noqa: F401 (a change of a rank)
+from test_resume import assert_identical
 from underway import end_of, kill_all, processes_of, running, wait_for_epochs
 
 pytestmark, needs_gpus = pytest.mark.slow, pytest.mark.skipif(not GPUS, reason="needs a GPU")
@@ -86,6 +86,12 @@ def each_batch(change):
     iterate, numbers = Loader.__iter__, itertools.count(1)
     Loader.__iter__ = lambda loader: (
         change(next(numbers), batch[0]) or batch for batch in iterate(loader))
+
+
+def leave_out_seeding():
+    from deit_plugin import loaders
+
+    loaders._seed_cpu = lambda *key: 0
 
 
 def kill_at_second_save():
