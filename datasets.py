@@ -155,7 +155,7 @@ def read_image(loader: Callable, path: str) -> Any:
         why = repr(error) if os.path.exists(path) and os.path.getsize(path) else "it is empty"
         if isinstance(error, FileNotFoundError):
             why = "no such file"
-        advice = "replace it (fine-tuning with --check names all such images)"
+        advice = "delete or replace it (fine-tuning with --check names all such images)"
         if is_heic(path):
             advice = HEIC
         raise OSError(f"{path} is not readable as an image ({why}): {advice}") from error
@@ -521,7 +521,7 @@ DATA_SETS = {
         flags=("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")),
     "folder": DataSet(
         functools.partial(_class_folders, is_image=can_open), _missing_folder, ("train/*/*",),
-        "train/CLASS/*.jpg, and val/CLASS/*.jpg or test/CLASS/*.jpg (if there is only "
+        "train/CLASS/*.jpg, and val/CLASS/*.jpg unless --hold-out is passed (if there is only "
         "CLASS/*.jpg, move it into train/)", loader=load_photo,
         flags=("test_split",)),
 }

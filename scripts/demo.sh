@@ -3,6 +3,7 @@
 # Needs no GPU. DEIT_DIR, PYTHON and DEMO_DIR (demo-output) may be set.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: not with sh: type bash $0" >&2; exit 2; }
 set -euo pipefail
+(($# == 0)) || { echo "error: $1: the demo takes no arguments; DEMO_DIR=FOLDER is where it works" >&2; exit 2; }
 # Paths are relative to the caller's folder, which the next step leaves.
 DEIT_DIR=${DEIT_DIR:+$(readlink -m -- "$DEIT_DIR")}
 DEMO_DIR=${DEMO_DIR:+$(readlink -m -- "$DEMO_DIR")}

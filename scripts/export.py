@@ -25,7 +25,7 @@ def main() -> None:
     """Export the model. Raises UserError."""
     parser = argparse.ArgumentParser(description="Write a fine-tuned model in timm's own layout.")
     parser.add_argument("--resume", required=True, type=os.path.expanduser, metavar="CHECKPOINT",
-                        help="best_checkpoint.pth of a run")
+                        help="best_checkpoint.pth of a run, or its checkpoint.pth")
     parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="FOLDER",
                         help="folder for model.safetensors and config.json")
     parser.add_argument("--trust", action="store_true",

@@ -233,8 +233,8 @@ def logistic_regression(train: Split, test: Split, validation: List[int], classe
         if (accuracy, -loss) > best[:2]:
             best = accuracy, -loss, decay, weights
     accuracy, _, decay, weights = best
-    progress(f"logistic regression: weight decay {decay:.3g} has {accuracy:.2f} % on "
-             f"{len(asked[1])} held-out train images")
+    progress(f"logistic regression: chose weight decay {decay:.3g}, which has {accuracy:.2f} % on "
+             f"{len(asked[1])} of the train images")
     weights = fit(train.features, train.labels, decay, classes, weights)
     found = accuracies(predict(test.features, weights).argmax(dim=1), test.labels, classes)
     progress(f"logistic regression: {found['acc1']:.2f} %, mean per class "

@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Label images with a fine-tuned model: CSV on standard output.")
     parser.add_argument("--resume", required=True, type=os.path.expanduser, metavar="CHECKPOINT",
-                        help="best_checkpoint.pth of a run")
+                        help="best_checkpoint.pth of a run, or its checkpoint.pth")
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="an image, or a folder with images at any depth")
     parser.add_argument("--top", type=int, default=1, metavar="N",

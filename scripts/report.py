@@ -32,7 +32,7 @@ def report_runs(args: argparse.Namespace) -> None:
     groups = runs.groups_of(found)
     rows = table.rows_of(groups)
     shown = table.without_empty(rows)
-    left = shown[0].index(table.COLUMNS[0]) + 2
+    left = shown[0].index(table.COLUMNS[0]) + 1
     print(table.as_text(shown, left), table.meaning_of(shown[0]), *table.notes_on(found), *notes,
           sep="\n", flush=True)
     finish(args, rows, pictures.draw_curves, groups, picture)

@@ -29,7 +29,7 @@ def test_an_evaluation_over_unequal_classes():
     assert found.images == numpy.bincount(labels, minlength=9).tolist()
     assert found.correct == numpy.bincount(labels[ranks == 0], minlength=9).tolist()
     assert evaluation.worst_classes(found, list("abcdefghi")).startswith(
-        f"{'abcdefgh'[numpy.argmin(per_class)]} {100 * min(per_class):.2f} %")
+        f"{'abcdefgh'[numpy.argmin(per_class)]}: {100 * min(per_class):.2f} %")
 
 
 def test_position_embeddings_are_resampled_by_row_and_column():

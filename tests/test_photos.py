@@ -184,7 +184,7 @@ def test_training_on_all_photos(own, flags, decide, refusal, tmp_path):
     assert "leave one out" in refusal("pets", *flags, "--hold-out", "0.2")
     said = train("pets", *flags).stdout
     assert "43 train images, 3 classes" in said and "accuracy" not in said.partition("Epoch")[2]
-    assert "No evaluation" in said and "best_checkpoint" not in said
+    assert "without evaluation" in said and "predict.py" in said and "best_checkpoint" not in said
     assert sorted(path.name for path in (tmp_path / "run").glob("*.pth")) == ["checkpoint.pth"]
     state = saved(tmp_path / "run" / "checkpoint.pth")
     assert state["best"] is None and len(state["rows"]) == 2

@@ -87,11 +87,11 @@ NAMES = ("data set", "epochs", "best %", "last %", "95 % from", "95 % to", "per 
 @pytest.mark.parametrize("options, row, note", [
     ({}, "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|93.2|-3.70|0:04:09", ""),
     ({"not_comparable": "no recipe launched it"},
-     "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|93.2|-|0:04:09", "one: not compared, since no"),
+     "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|-|-|0:04:09", "one: not compared with"),
     ({"data_set": "folder", "published": None, "not_comparable": "nothing was published"},
      "folder|4 of 4|90.00|89.50|81.53|94.27|88.00|-|-|0:04:09", ""),
     ({"parent": {"path": "/b.pth"}, "not_comparable": "it continues"},
-     "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|93.2|-|0:04:09", "not counted among seeds"),
+     "pets|4 of 4|90.00|89.50|81.53|94.27|88.00|-|-|0:04:09", "not counted among seeds"),
     ({"hold_out": 0.2, "published": None, "not_comparable": "nothing was published"},
      "pets, held-out|4 of 4|90.00|89.50|81.53|94.27|88.00|-|-|0:04:09", ""),
     ({"log": epoch_line(0, 90.0)},
@@ -111,8 +111,8 @@ def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note,
     from reports.table import notes_on
 
     notes = "\n".join(notes_on([LoggedRun(folder)])).replace(f"{tmp_path}/", "")
-    assert note in notes and ("not compared" in notes) == (
-        found["published %"] != "-" and "not_comparable" in options)
+    assert note in notes and found["images"] == "91"
+    assert ("not compared" in notes) == ("not_comparable" in options and "published" not in options)
 
 
 @pytest.mark.parametrize("facts", ["", "[]", "{", '{"settings": 3, "differs": 4}', "[" * 100000])

@@ -42,7 +42,7 @@ def check(found: Any) -> int:
     if found.gpus:
         ask("GPUs", str, found.gpus)
     if not args.output_dir and not args.eval:
-        print("output: not checked, --output_dir is missing; the launch needs it")
+        print("not checked: --output_dir, which is not given")
     if found.decided and not args.eval:
         print(describe(found.decided, images))
     if images:
@@ -50,7 +50,8 @@ def check(found: Any) -> int:
             ask("evaluation", evaluate_a_batch, found.model, images, args)
         looked_at = Images(images, args)
         ask("images", looked_at.decode)
-        ask("brightness", looked_at.brightness)
+        if looked_at.dark:
+            ask("brightness", looked_at.brightness)
         if images.train is not None:
             ask("classes", images_per_class, images)
             ask("duplicates", looked_at.duplicates)
@@ -116,8 +117,6 @@ class Images:
 
     def brightness(self) -> str:
         """Describe which images of 16 bits have numbers of 14 bits or fewer, nearly black."""
-        if not self.dark:
-            return "no image of 16 bits is nearly black"
         names = [os.path.relpath(path, self.args.data_path) for path in sorted(self.dark)]
         return (f"warning: {count(len(names), 'image')} of 16 bits with numbers below {2**14}, as "
                 "from a camera of 12 bits, will be nearly black: convert to 8 bits first: "

@@ -117,7 +117,8 @@ def _load_split(is_train: bool, args: Namespace) -> Any:
         if missing and not advice and not row.downloads(args) and args.eval and args.hold_out:
             advice = (f"--hold-out {args.hold_out}, as in the checkpoint's run, evaluates on train "
                       "images: pass --hold-out 0 to evaluate on test images")
-        if missing and not advice and args.data_set != "folder" and any(root.glob("train/*/*")):
+        is_of_folders = args.data_set in ("folder", "imagenet")
+        if missing and not advice and not is_of_folders and any(root.glob("train/*/*")):
             advice = "it has train/CLASS/, so pass --data-set folder"
         if advice:
             raise UserError(f"{missing[0]} is missing; {advice}")

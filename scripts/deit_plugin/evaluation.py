@@ -77,10 +77,11 @@ def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def worst_classes(found: Evaluation, classes: List[str]) -> str:
-    """The five classes with the lowest accuracy, in words."""
+    """The five classes with the lowest accuracy, of those below 100 %, in words."""
     rows = sorted((100 * correct / images, name, images) for correct, images, name
-                  in zip(found.correct, found.images, classes) if images)
-    return ", ".join(f"{name} {accuracy:.2f} % of {images}" for accuracy, name, images in rows[:5])
+                  in zip(found.correct, found.images, classes) if correct < images)
+    return ", ".join(f"{name}: {accuracy:.2f} % of {images}"
+                     for accuracy, name, images in rows[:5]) or "none is below 100 %"
 
 
 def gather(predictions: torch.Tensor, images: int, world_size: int) -> List[List[float]]:

@@ -178,7 +178,9 @@ def differing(settings: Dict[str, Any], others: Dict[str, Any], whose: str) -> L
 
 
 def _in_words(name: str, value: Any) -> str:
-    if name in (STEPS, TRAIN_IMAGES, TEST_IMAGES):
+    if name == TEST_IMAGES:
+        return f"{value} images to evaluate on"  # which may be held out
+    if name in (STEPS, TRAIN_IMAGES):
         return f"{value} {name}"  # 2040 train images
     return f"{name if ' ' in name else flag_of(name)} {value}"
 

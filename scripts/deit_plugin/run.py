@@ -83,13 +83,15 @@ class Run:
         self.deit_main.main(job.for_deit(self.job))
         if self.args.rank == 0 and not self.args.eval:
             self.folder.end()
-            path, found = self.folder.path, "No evaluation"
+            path = self.folder.path
             if self.best:
-                found = (f"Best {kind_of_accuracy(self.args)}: {self.best['acc1']:.2f} % after "
-                         f"epoch {self.best['epoch'] + 1}")
-            name = "best_checkpoint.pth" if self.best else "checkpoint.pth"
-            print(f"{found}, {path / name}\n"
-                  f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
+                print(f"Best {kind_of_accuracy(self.args)}: {self.best['acc1']:.2f} % after epoch "
+                      f"{self.best['epoch'] + 1}, {path / 'best_checkpoint.pth'}\n"
+                      f"Table and curves: python scripts/report.py {shlex.quote(str(path))}")
+            else:
+                own = path / "checkpoint.pth"
+                print(f"Trained without evaluation: {own}\nLabel photos: python "
+                      f"scripts/predict.py --resume {shlex.quote(str(own))} PHOTOS")
 
     # What DeiT calls, in its order
 

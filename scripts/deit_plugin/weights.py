@@ -105,7 +105,9 @@ def read(path: str, trust: bool = False) -> Dict[str, Any]:
                             f"{path} --output CONVERTED.pth, then --resume CONVERTED.pth")
         require_finite(model)
     except CheckpointError as error:
-        raise UserError(f"{path}: {error}") from error
+        other = os.path.join(os.path.dirname(path), "checkpoint.pth")
+        there = not os.path.exists(path) and os.path.exists(other)  # --eval-freq 0 names no best
+        raise UserError(f"{path}: {error}" + f"; {other} is there" * there) from error
     return _with_plain_names(checkpoint)
 
 

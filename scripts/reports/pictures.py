@@ -47,6 +47,8 @@ def draw_curves(groups: List[Group], path: Path) -> None:
                 _draw_curve(panel, group, key if key in PANELS else "test_acc1", labels)
                 if key not in PANELS and group.first.is_of_recipe:
                     panel.axhline(group.first.published, color="#555555", linestyle="--")
+            if key not in PANELS:
+                panel.set_ylim(top=min(101, panel.get_ylim()[1]))
             panel.set(title=_title(key, drawn), xlabel="epoch")
             panel.xaxis.set_major_locator(
                 matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
@@ -102,12 +104,16 @@ def _title(key: str, groups: Iterable[Group]) -> str:
 
 def _labels(groups: List[Group]) -> Dict[int, str]:
     """Each group in the legend, by its id: what varies, and its folder where that does not tell."""
-    names = varying_settings(groups)
+    names = {group.subject: varying_settings([other for other in groups
+                                              if other.subject == group.subject])
+             for group in groups}
     texts = [", ".join(f"{name.replace('_', ' ').replace('--resume', 'from')} {group.setting(name)}"
-                       for name in names if group.first.setting(name)) for group in groups]
+                       for name in names[group.subject]) for group in groups]
     labels = {}
     for group, text in zip(groups, texts):
-        if not text or texts.count(text) > 1 or len(text) > 60:
+        same = [other for other, its in zip(groups, texts) if its == text
+                and other.subject == group.subject]
+        if not text or len(same) > 1 or len(text) > 60:
             text = group.first.name[-60:]
         if len(set(other.subject for other in groups)) > 1:
             text = f"{group.subject}: {text}"

@@ -1,16 +1,18 @@
 """The table of runs, a row for each group of seeds, and what has to be known to read it."""
+import operator
 from datetime import timedelta
 from typing import List, Optional
 
 from .runs import Group, LoggedRun, varying_settings
 
-COLUMNS = ("data set", "seeds", "epochs", "last %", "± last", "95 % from", "95 % to", "best %",
-           "± best", "per class %", "published %", "vs. published", "training time")
+COLUMNS = ("data set", "images", "seeds", "epochs", "last %", "± last", "95 % from", "95 % to",
+           "best %", "± best", "per class %", "published %", "vs. published", "training time")
 # What columns mean, if they are there.
 NOTES = {
+    "images": "images: to evaluate on",
     "last %": "last: the last evaluation",
     "± last": "±: the standard deviation over seeds (n - 1)",
-    "95 % from": "95 % from, to: Wilson's interval of last, for that number of images; rows whose "
+    "95 % from": "95 % from, to: Wilson's interval of last, by the number of images; rows whose "
                  "intervals overlap may not differ",
     "best %": "best: of all evaluations, so it was chosen on the images that it is measured on",
     "per class %": "per class: the mean of the classes' accuracies",
@@ -30,14 +32,15 @@ def rows_of(groups: List[Group]) -> List[List[str]]:
 
 def cells(group: Group) -> List[str]:
     """A text for each of COLUMNS."""
-    run = group.first
-    return [group.subject, group.seeds(), f"{run.done} of {run.planned}",
-            number(group.mean(lambda run: run.last)), number(group.deviation(lambda run: run.last)),
+    run, last, best = group.first, operator.attrgetter("last"), operator.attrgetter("best")
+    return [group.subject, group.setting("test images"), group.seeds(),
+            f"{run.done} of {run.planned}", number(group.mean(last)), number(group.deviation(last)),
             *map(number, group.interval() or (None, None)),
-            number(group.mean(lambda run: run.best)), number(group.deviation(lambda run: run.best)),
-            number(group.mean(lambda run: run.per_class)), number(run.published, ".1f"),
+            number(group.mean(best)), number(group.deviation(best)),
+            number(group.mean(operator.attrgetter("per_class"))),
+            number(run.published if run.is_of_recipe else None, ".1f"),
             number(group.above_published(), "+.2f"),
-            duration(group.mean(lambda run: run.seconds))]
+            duration(group.mean(operator.attrgetter("seconds")))]
 
 
 def number(value: Optional[float], form: str = ".2f") -> str:
@@ -75,7 +78,8 @@ def notes_on(runs: List[LoggedRun]) -> List[str]:
     for run in runs:
         if run.not_comparable and (run.published or run.has_facts and not run.held_out
                                    and run.data_set != "folder"):
-            notes.setdefault(f"not compared, since {run.not_comparable}", []).append(run.name)
+            notes.setdefault(f"not compared with MoCo v3's figure, since {run.not_comparable}", []
+                             ).append(run.name)
         if run.continues_another:
             notes.setdefault("not counted among seeds, since it continues another run", []
                              ).append(run.name)
