@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -17,7 +19,16 @@ import torch
 
 from conftest import error_of, log_of, rates_of, saved, train
 from deit_plugin import launcher
-from launches import FORK, PAIR, after_saving, fill_the_disk, fork, kill_itself, limit_file_size
+from launches import (
+    FORK,
+    PAIR,
+    SCRIPTS,
+    after_saving,
+    fill_the_disk,
+    fork,
+    kill_itself,
+    limit_file_size,
+)
 from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
 
 # Longer than any test; with a save after the first 100 epochs.
@@ -26,8 +37,7 @@ LONG = ["--epochs", "500", "--save-freq", "100", "--eval-freq", "400"]
 
 @pytest.mark.parametrize("name, processes, status, says", [
     ("SIGTERM", PAIR, 143, ""),
-    ("SIGINT", 1, -signal.SIGINT,
-     "interrupted: .* epochs? of 500 are saved in .*; the same command continues")
+    ("SIGINT", 1, 130, "interrupted: .* epochs? of 500 are saved in .*; the same command continues")
 ])
 def test_ending_a_launch_ends_every_process(name, processes, status, says, flags, refusal,
                                             tmp_path):
@@ -55,6 +65,15 @@ def test_ctrl_c_says_what_is_lost(options, rank, says, capsys):
     with pytest.raises(SystemExit) as stop:
         launcher.interrupted(args, launcher.Machines(1, 2, rank, "127.0.0.1", 1))
     assert stop.value.code == 130 and says in capsys.readouterr().err
+
+
+def test_after_ctrl_c_at_a_terminal_a_launch_dies_of_the_signal():
+    """A shell goes on with a loop whose command has only exited."""
+    ends = os.openpty()
+    words = [sys.executable, "-c", "import deit_plugin.errors as errors; errors.end(130)"]
+    for stdin, status in ((ends[1], -signal.SIGINT), (subprocess.DEVNULL, 130)):
+        done = subprocess.run(words, stdin=stdin, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+        assert done.returncode == status
 
 
 def test_ctrl_c_while_a_launch_decides(flags, tmp_path):

@@ -187,7 +187,7 @@ def test_slurm_job_requeues_itself_before_the_time_limit_if_it_saved(array, argu
     variables = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "2"} if array else {}
     if array == "own":
         variables["ARRAY"] = "ArrayJobId=123456 ArrayTaskId=2 "
-    job = slurm("pets", *arguments, **variables)
+    job = slurm("pets", *arguments, FAILS="20" if requeued else "2", **variables)
     wait_for((tmp_path / "started").exists, seconds=20)
     for path in checkpoints[:2]:
         path.parent.mkdir()

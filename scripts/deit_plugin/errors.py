@@ -238,13 +238,13 @@ def _fail(text: str, status: int) -> None:
 def end(status: int) -> None:
     """Exit without the clean-up of libraries: it would wait for processes, and takes a second.
 
-    Data workers end with their parent. After Ctrl-C the process dies of the signal: a shell goes
-    on with a loop whose command has only exited.
+    Data workers end with their parent. After Ctrl-C at a terminal the process dies of the signal: a
+    shell goes on with a loop whose command has only exited.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # what was lost is an error already
             stream.flush()
-    if status == 128 + signal.SIGINT:
+    if status == 128 + signal.SIGINT and os.isatty(0):
         with contextlib.suppress(ValueError):  # not in this thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
