@@ -100,10 +100,12 @@ NAMES = ("data set", "epochs", "best %", "last %", "95 % from", "95 % to", "per 
      "pets|1 of 4|80.00|80.00|70.64|86.93|-|93.2|-|0:01:03", ""),
     ({"log": '{"epoch": 0, "test_acc1": "high", "train_seconds": [1]}'},
      "pets|1 of 4|-|-|-|-|-|93.2|-|-", ""),
+    ({"log": '{"epoch": 0, "test_acc1": 80.0, "test_loss": Infinity, "train_loss": NaN}'},
+     "pets|1 of 4|80.00|80.00|70.64|86.93|-|93.2|-|-", ""),
     ({"log": epoch_line(0)}, "pets|1 of 4|-|-|-|-|-|93.2|-|0:01:00", ""),
     ({"log": ""}, "pets|0 of 4|-|-|-|-|-|93.2|-|-", ""),
 ], ids=["recipe", "no recipe", "own images", "continued", "held out", "unfinished", "damaged",
-        "not ours", "not evaluated", "empty"])
+        "not ours", "not finite", "not evaluated", "empty"])
 def test_only_a_whole_finished_run_of_the_recipe_is_compared(options, row, note, tmp_path):
     folder = make_run(tmp_path / "one", **options)
     (found,) = table_of(tmp_path)

@@ -45,9 +45,9 @@ class LoggedRun:
         self.finished = self.done == self.planned and self.last is not None
 
     def curve(self, key: str) -> Dict[int, float]:
-        """The values of ``key`` in log.txt, by epoch, counted from 1."""
+        """The finite values of ``key`` in log.txt, by epoch, counted from 1."""
         return {row["epoch"] + 1: row[key] for row in self.rows
-                if type(row.get(key)) in (int, float)}
+                if type(row.get(key)) in (int, float) and math.isfinite(row[key])}
 
     def setting(self, name: str) -> Optional[str]:
         """A setting as text, or None if the run's DeiT does not have it."""
