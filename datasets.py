@@ -521,8 +521,8 @@ DATA_SETS = {
         flags=("aa", "color_jitter", "train_interpolation", "eval_crop_ratio", "test_split")),
     "folder": DataSet(
         functools.partial(_class_folders, is_image=can_open), _missing_folder, ("train/*/*",),
-        "train/CLASS/*.jpg, and val/CLASS/*.jpg unless --hold-out is passed (if there is only "
-        "CLASS/*.jpg, move it into train/)", loader=load_photo,
+        "train/CLASS/*.jpg and, without --hold-out, val/CLASS/*.jpg or test/CLASS/*.jpg (if there "
+        "is only CLASS/*.jpg, move it into train/)", loader=load_photo,
         flags=("test_split",)),
 }
 

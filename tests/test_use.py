@@ -95,7 +95,7 @@ def test_eval_says_and_writes_what_it_found(processes, tiny, data, logits, tmp_p
     worst = done.stdout.partition("worst classes: ")[2].splitlines()[0].split(", ")
     lowest = sorted(numpy.mean(right[start:start + 3]) for start in range(0, 21, 3))[:5]
     assert [float(re.search(r"([\d.]+) % of 3", text)[1]) for text in worst] == pytest.approx(
-        [100 * share for share in lowest], abs=0.01)
+        [100 * share for share in lowest if share < 1], abs=0.01)
 
 
 def test_predictions_replace_nothing_but_predictions(finished, data, refusal, tmp_path):

@@ -173,14 +173,15 @@ def differing(settings: Dict[str, Any], others: Dict[str, Any], whose: str) -> L
 
     Only names in both are compared: DeiT's commits have different flags.
     """
-    return [f"{_in_words(name, settings[name])} ({whose}: {other})"
+    return [f"{_in_words(name, settings)} ({whose}: {other})"
             for name, other in others.items() if name in settings and settings[name] != other]
 
 
-def _in_words(name: str, value: Any) -> str:
-    if name == TEST_IMAGES:
-        return f"{value} images to evaluate on"  # which may be held out
-    if name in (STEPS, TRAIN_IMAGES):
+def _in_words(name: str, settings: Dict[str, Any]) -> str:
+    value = settings[name]
+    if name == TEST_IMAGES and settings.get("hold_out"):
+        return f"{value} held-out images"
+    if name in (STEPS, TRAIN_IMAGES, TEST_IMAGES):
         return f"{value} {name}"  # 2040 train images
     return f"{name if ' ' in name else flag_of(name)} {value}"
 
