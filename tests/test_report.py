@@ -166,18 +166,18 @@ def test_seeds_are_one_row_and_what_varies_are_columns(tmp_path):
     lasts = [89.5, 91.0, 88.25]
     for seed, last in enumerate(lasts):
         make_run(tmp_path / f"a{seed}", seed=seed, best=92.0 + seed, last=last, weight_decay=0.1)
-    make_run(tmp_path / "rate", lr=0.1, last=91.5)
+    make_run(tmp_path / "rate", lr=0.1, last=91.5, smoothing=0.1)
     make_run(tmp_path / "decay", weight_decay=0.2, last=60.0)
     make_run(tmp_path / "child", seed=7, parent={"path": "/b.pth"}, weight_decay=0.1)
     make_run(tmp_path / "started", log=epoch_line(0, 10.0), seed=9, weight_decay=0.1)
     make_run(tmp_path / "second", seed=1, last=70.0, weight_decay=0.1)
     make_run(tmp_path / "held", hold_out=0.2, last=99.0, weight_decay=0.1)
-    make_run(tmp_path / "flowers", data_set="flowers", weight_decay=0.3)
+    make_run(tmp_path / "flowers", data_set="flowers", weight_decay=0.3, smoothing=0.2)
     rows = table_of(tmp_path)
     by_folder = {row["folders"].replace(f"{tmp_path}/", ""): row for row in rows}
     group = by_folder["a0, a1, a2"]
     assert list(group)[0] == "weight decay" and group["weight decay"] == "0.1"
-    assert "lr" not in group and group["seeds"] == "0, 1, 2"
+    assert not {"lr", "smoothing"} & set(group) and group["seeds"] == "0, 1, 2"
     assert group["last %"] == f"{numpy.mean(lasts):.2f}"
     assert group["± last"] == f"{numpy.std(lasts, ddof=1):.2f}"
     assert (group["best %"], group["± best"]) == ("93.00", "1.00")
