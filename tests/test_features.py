@@ -18,7 +18,7 @@ import generate
 import published
 from conftest import ERAS, error_of, log_of, saved, train
 from deit_plugin.data import load
-from features import fit, predict
+from features import Split, fit, logistic_regression, nearest_neighbours, predict
 from launches import FORK, MODEL, SCRIPTS, WIDTH, environment, fork, fork_script
 from test_convert import status_of
 
@@ -86,10 +86,33 @@ def logistic_by_us(x, labels, decay):
     return fit(torch.tensor(x).float(), torch.tensor(labels), decay, 37, None).numpy()
 
 
+def choose_decay():
+    """The weight decay for classes that are far apart, where most are right on all images."""
+    labels = numpy.arange(60) % 3
+    x = 3 * numpy.eye(5)[labels] + numpy.random.RandomState(0).randn(60, 5) / 10
+    split = Split(torch.tensor(x).float(), torch.tensor(labels), list(labels))
+    return logistic_regression(split, split, list(range(12)), 3)["weight_decay"]
+
+
 def forked(function, *arguments):
     """Its result. Once autograd has run in a process, torch 1.7 forks no launch from there."""
     with FORK.Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+def test_neighbours_vote_by_their_similarity():
+    """In features without any order, where other weights would decide otherwise."""
+    rng = numpy.random.RandomState(0)
+    (x, labels), (y, asked) = ((rng.randn(n, 8), rng.randint(0, 5, n)) for n in (100, 300))
+    train, test = (Split(torch.tensor(their).float(), torch.tensor(its), []) for their, its in (
+        (x, labels), (y, asked)))
+    for k, found in nearest_neighbours(train, test, 5):
+        hits = neighbours_by_numpy(x, labels, y, int(k)) == asked
+        assert found["acc1"] == pytest.approx(100 * hits.mean()), k
+
+
+def test_of_equally_good_weight_decays_the_one_with_the_lower_loss_is_chosen():
+    assert forked(choose_decay) < 0.1
 
 
 def test_features_knn_and_logistic_regression_beside_independent_ones(tiny, data, tmp_path):
