@@ -91,6 +91,18 @@ def test_the_best_of_a_parent_that_trained_on_is_not_taken_over(epoch, run, flag
     assert found == (None if epoch else {"epoch": 0, "acc1": 50.0, "path": str(best)})
 
 
+def test_only_a_higher_accuracy_is_the_best(run, flags, tmp_path):
+    """Here than that of a parent, which cannot be reached."""
+    child = tmp_path / "child"
+    rewrite(run / "checkpoint.pth", lambda state: {**state, "best": {"epoch": 0, "acc1": 101.0}})
+    rewrite(run / "best_checkpoint.pth", lambda state: {**state, "epoch": 0})
+    done = train("pets", *flags, "--resume", run / "checkpoint.pth", "--epochs", "3",
+                 "--output_dir", child)
+    assert "Best test accuracy: 101.00 % after epoch 1" in done.stdout
+    assert saved(child / "best_checkpoint.pth")["epoch"] == 0
+    assert saved(child / "checkpoint.pth")["best"] == {"epoch": 0, "acc1": 101.0}
+
+
 def test_the_loss_scale_is_restored_and_the_old_checkpoint_let_go(run, flags, tmp_path):
     """The CPU has no loss scale. A file that is mapped into memory keeps its space on the disk."""
     def watch():
