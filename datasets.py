@@ -152,13 +152,12 @@ def read_image(loader: Callable, path: str) -> Any:
         raise OSError(f"{path} is too large ({int(pixels[0]) / 1e6:.0f} megapixels; Pillow opens "
                       f"{most / 1e6:.0f} at most): scale it down") from error
     except Exception as error:  # Pillow's decoders raise almost anything
-        why = repr(error) if os.path.exists(path) and os.path.getsize(path) else "it is empty"
-        if isinstance(error, FileNotFoundError):
-            why = "no such file"
         advice = "delete or replace it (fine-tuning with --check names all such images)"
-        if is_heic(path):
+        if is_heic(path) and ".heic" not in Image.registered_extensions():
             advice = HEIC
-        raise OSError(f"{path} is not readable as an image ({why}): {advice}") from error
+        is_empty = os.path.exists(path) and not os.path.getsize(path)
+        raise OSError(f"{path} is not readable as an image "
+                      f"({'it is empty' if is_empty else repr(error)}): {advice}") from error
 
 
 # EXIF's orientation: how to turn the image. Source: the standard's table of tag 274.
