@@ -207,29 +207,20 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
 
     saved: how much of the run is saved already, for Ctrl-C, or "".
     """
-    os.environ[errors.LAUNCHER] = str(os.getpid())
-    os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
-    os.environ[errors.STATUS] = os.path.join(folder, "status")
-    errors.write_status(saved)
+    _tell_workers(machines, folder, args, saved)
     tempfile.tempdir = folder  # for torch's own files
     signal.signal(signal.SIGINT, lambda *_: interrupted(args, machines))  # until torch handles it
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    if os.environ.get(LOG_LEVEL) == "FATAL":
-        os.environ[LOG_LEVEL] = "ERROR"
     _, _, module, *sys.argv[1:] = command(machines, folder)
-    if machines.nodes > 1:
-        others = "machine 1" if machines.node_rank else f"{machines.nodes - 1} more"
-        minutes = WAIT if module.endswith("run") else 30  # in init_process_group
-        print(f"This is machine {machines.node_rank + 1} of {machines.nodes}, waiting for {others} "
-              f"at {machines.address}:{machines.port}, at most {minutes} minutes", flush=True)
-    if args.device == "cuda":
-        show_own_gpus(machines.processes)
-    if not module.endswith("run"):
+    is_old = not module.endswith("run")  # before torch 1.9
+    if is_old:
         subprocess.Popen = _OfOldLauncher
         # As newer launchers do. Without it, NCCL waits forever when another machine fails.
         os.environ.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")
-    if machines.nodes > 1 and module.endswith("run"):
+    if machines.nodes > 1:
+        _announce_the_wait(machines, 30 if is_old else WAIT)
+    if machines.nodes > 1 and not is_old:
         # torch waits for the others in C++, where no handler of Python's runs, so that Ctrl-C has
         # to end this process without our line. Once its processes have started, torch handles the
         # signal itself (but not torch 1.9).
@@ -237,7 +228,7 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
     try:
         return import_module(module).main() or 0
     except subprocess.CalledProcessError as error:  # before torch 1.9
-        who, status = "a process", error.returncode
+        return _status_of("a process", error.returncode)
     except Exception as error:
         if hasattr(error, "sigval"):  # SignalException, which torch 1.9 does not have
             if error.sigval == signal.SIGINT:
@@ -246,8 +237,30 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
         if not hasattr(error, "get_first_failure"):  # ChildFailedError
             raise  # such as torch's when the machines did not meet
         rank, failure = error.get_first_failure()
-        who, status = f"rank {rank}", failure.exitcode
-    if status >= 0:  # the process has said why
+        return _status_of(f"rank {rank}", failure.exitcode)
+
+
+def _tell_workers(machines: Machines, folder: str, args: Namespace, saved: str) -> None:
+    """Set the environment of the workers."""
+    os.environ[errors.LAUNCHER] = str(os.getpid())
+    os.environ[errors.FIRST_FAILURE] = os.path.join(folder, "first-failure")
+    os.environ[errors.STATUS] = os.path.join(folder, "status")
+    errors.write_status(saved)
+    if os.environ.get(LOG_LEVEL) == "FATAL":  # see prepare
+        os.environ[LOG_LEVEL] = "ERROR"
+    if args.device == "cuda":
+        show_own_gpus(machines.processes)
+
+
+def _announce_the_wait(machines: Machines, minutes: int) -> None:
+    others = "machine 1" if machines.node_rank else f"{machines.nodes - 1} more"
+    print(f"This is machine {machines.node_rank + 1} of {machines.nodes}, waiting for {others} at "
+          f"{machines.address}:{machines.port}, at most {minutes} minutes", flush=True)
+
+
+def _status_of(who: str, status: int) -> int:
+    """The exit status after a process failed; says so if the process was killed, and could not."""
+    if status >= 0:
         return status
     # NCCL's watchdog aborts a process that waited for another in vain.
     hint = {signal.SIGKILL: ": out of memory?",
