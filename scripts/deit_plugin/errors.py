@@ -33,7 +33,8 @@ OF_GPUS = {
     "invalid device ordinal|no CUDA-capable device": "there are fewer GPUs than processes: set "
         "NPROC_PER_NODE to the number of GPUs that nvidia-smi shows, and check "
         "CUDA_VISIBLE_DEVICES",
-    "no kernel image": "this torch has code for {} only: install one for your GPU, see README.md",
+    "no kernel image": "this torch has code for {} only: install one for your GPU, see "
+        "scripts/README.md",
 }
 
 

@@ -50,9 +50,8 @@ def packages() -> List[str]:
 
 def of_bundle() -> str:
     """Checksum of this bundle's own Python files, which may have been copied without their git."""
-    files = [path for pattern in ("scripts/*.py", "scripts/deit_plugin/*.py")
-             for path in deit.BUNDLE.glob(pattern)]
-    return _of_files(files + [deit.BUNDLE / f"{name}.py" for name in deit.OURS])
+    own = [deit.BUNDLE / f"{name}.py" for name in deit.OURS]
+    return _of_files([*deit.BUNDLE.glob("scripts/**/*.py"), *own])
 
 
 def of_deit() -> str:
