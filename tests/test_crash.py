@@ -196,6 +196,25 @@ def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags)
     assert done.returncode and time.monotonic() - began < 60
 
 
+def test_no_traceback_of_a_data_worker_whose_run_was_killed():
+    """Its run asks for an image, and is killed before it gets it."""
+    code = """if True:
+        import socket
+        from deit_plugin.errors import guard
+        from multiprocessing import reduction, resource_sharer
+
+        def run():
+            reduction.DupFd(0)
+            with socket.socket(socket.AF_UNIX) as asking:
+                asking.connect(resource_sharer._resource_sharer._address)
+            resource_sharer.stop(timeout=10)
+
+        guard(run)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 KILLS, EPOCHS = 20, 30
 
 

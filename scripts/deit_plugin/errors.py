@@ -47,7 +47,8 @@ def guard(run: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which nohup and & can set
         # A process blocked in a C++ collective never runs Python's signal handlers.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.excepthook = _ignore_lost_connections
+    sys.excepthook = _ignore_lost_connections  # a thread of multiprocessing calls it, too
+    threading.excepthook = lambda failure: _ignore_lost_connections(*failure[:3])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
@@ -166,13 +167,13 @@ def die_with_launcher() -> None:
             end(1)
 
 
-def _ignore_lost_connections(failure: Any) -> None:
-    """Show a thread's traceback, unless the data worker that it sent images to was killed.
+def _ignore_lost_connections(kind: Any, error: Any, where: Any) -> None:
+    """Show a traceback, unless a process that sends or gets images has lost the one beside it.
 
-    The main thread also notices that, and reports it.
+    A run's main thread also notices that, and reports it; a data worker ends with its run.
     """
-    if not issubclass(failure.exc_type, (ConnectionError, EOFError)):
-        sys.excepthook(failure.exc_type, failure.exc_value, failure.exc_traceback)
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, where)
 
 
 def one_line(error: BaseException) -> str:
