@@ -7,7 +7,11 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash tests/setup.sh requirements.txt requirements-report.txt requirements-dev.txt)
 "$PYTHON" -m ruff check .
 PATH="$(dirname -- "$PYTHON"):$PATH" shellcheck scripts/*.sh tests/*.sh tests/gpu .ci/run
+first=${1:-}
+if "$PYTHON" -c 'import xdist' 2> /dev/null; then  # one test on each core
+    set -- -n auto --maxprocesses 4 --dist worksteal "$@"
+fi
 "$PYTHON" -m pytest "$@"
-if [[ ${1:-} == --all ]]; then
+if [[ $first == --all ]]; then
     tests/matrix
 fi
