@@ -94,7 +94,8 @@ class Images:
                            print)
             broken = list(filter(None, found))
         if broken:
-            heading = f"{len(broken)} of {len(items)} cannot be decoded; the first 20:"
+            only = "; the first 20" if len(broken) > 20 else ""
+            heading = f"{len(broken)} of {len(items)} cannot be decoded{only}:"
             raise UserError("\n           ".join([heading, *broken[:20]]))
         return f"all {len(items)} can be decoded"
 
