@@ -28,8 +28,6 @@ def test_an_evaluation_over_unequal_classes():
         "acc_per_class": 100 * numpy.mean(per_class)})
     assert found.images == numpy.bincount(labels, minlength=9).tolist()
     assert found.correct == numpy.bincount(labels[ranks == 0], minlength=9).tolist()
-    assert evaluation.worst_classes(found, list("abcdefghi")).startswith(
-        f"{'abcdefgh'[numpy.argmin(per_class)]}: {100 * min(per_class):.2f} %")
 
 
 def test_position_embeddings_are_resampled_by_row_and_column():
@@ -41,14 +39,13 @@ def test_position_embeddings_are_resampled_by_row_and_column():
         {"pos_embed": found}, {"pos_embed": torch.zeros(1, 1 + 64, 2)})["pos_embed"]
     finer = torch.nn.functional.interpolate(ramp.expand(1, 1, 4, 4), size=(8, 8), mode="bicubic",
                                             align_corners=False)[0, 0, 0]
-    assert not torch.equal(finer, ramp.repeat_interleave(2))
     expected = torch.stack([finer.repeat_interleave(8), finer.repeat(8)], dim=1)
     assert torch.equal(resampled[0, 0], torch.tensor([7.0, 7.0]))
     assert torch.allclose(resampled[0, 1:], expected, atol=1e-6)
 
 
 class Noise(torch.utils.data.Dataset):
-    """Images that are random numbers, drawn as augmentation draws them."""
+    """8 images that are random numbers, drawn as augmentation draws them."""
 
     def __len__(self):
         return 8
@@ -57,37 +54,34 @@ class Noise(torch.utils.data.Dataset):
         return torch.rand(1).item(), random.random(), numpy.random.rand()
 
 
-def batches_of(args, epoch, accum_iter):
+def batches_of(args, epoch):
     """The batches of 2 indices that a process takes in an epoch."""
     loader = DataLoader(Noise(), 2, sampler=DistributedSampler(Noise(), 2, 0))
-    batches = loaders.Batches(loader, Namespace(**vars(args), accum_iter=accum_iter))
+    batches = loaders.Batches(loader, args)
     batches.set_epoch(epoch)
     return list(batches)
 
 
-@pytest.mark.parametrize("accum_iter, rank", [(1, 0), (1, 1), (2, 0)])
-def test_a_process_takes_the_images_that_deit_s_processes_take(accum_iter, rank):
-    """In each epoch, and in the order of steps if it stands for two of them."""
-    args = Namespace(seed=0, rank=rank, world_size=2 // accum_iter)
-    for epoch in (0, 1, 2):
-        expected = []
-        for its in (range(2) if accum_iter == 2 else [rank]):
-            sampler = DistributedSampler(Noise(), 2, its)
-            sampler.set_epoch(epoch)
-            indices = list(sampler)
-            expected.append([indices[:2], indices[2:]])
-        taken = [[getattr(item, "index", item) for item in batch]
-                 for batch in batches_of(args, epoch, accum_iter)]
-        assert taken == [batch for step in zip(*expected) for batch in step]
+@pytest.mark.parametrize("accum_iter, ranks", [(1, [0]), (1, [1]), (2, [0, 1])])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_process_takes_the_images_that_deit_s_processes_take(accum_iter, ranks, epoch):
+    """In the order of steps if it stands for two of them."""
+    args = Namespace(seed=0, rank=ranks[0], world_size=2 // accum_iter, accum_iter=accum_iter)
+    samplers = [DistributedSampler(Noise(), 2, rank) for rank in ranks]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    expected = [list(sampler)[step:step + 2] for step in (0, 2) for sampler in samplers]
+    assert [[getattr(item, "index", item) for item in batch]
+            for batch in batches_of(args, epoch)] == expected
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
 def test_every_seed_rank_epoch_and_image_draws_other_numbers(accum_iter):
     def draws(seed, rank, epoch):
-        args = Namespace(seed=seed, rank=rank, world_size=2 // accum_iter, device="cpu")
+        args = Namespace(seed=seed, rank=rank, world_size=2 // accum_iter, device="cpu",
+                         accum_iter=accum_iter)
         augmented = loaders.Augmented(Noise())
-        images = [augmented[item] for batch in batches_of(args, epoch, accum_iter)
-                  for item in batch]
+        images = [augmented[item] for batch in batches_of(args, epoch) for item in batch]
         loaders.seed_process(args, epoch)
         return [*images, Noise()[0]]
 
