@@ -53,21 +53,18 @@ def flowers(folder, classes=7, train_per_class=7, test_per_class=3, size=(80, 64
 def pets(folder):
     """Oxford-IIIT Pets: images/ and annotations/, with files that are not what they seem."""
     folder, rng = Path(folder), np.random.default_rng(0)
-    lines = {"trainval": [], "test": []}
+    lines = {"trainval": "", "test": ""}
     for label in range(7):
-        kind, species = ("dog", 2) if label % 3 else ("Cat", 1)
         for number in range(1, 11):
-            name = f"{kind}_breed{label + 1}_{number}"
+            name = f"dog_breed{label + 1}_{number}"
             write_picture(folder / "images" / f"{name}.jpg", label, rng)
-            line = f"{name} {label + 1} {species} {label + 1}\n"
-            lines["trainval" if number <= 7 else "test"].append(line)
+            lines["trainval" if number <= 7 else "test"] += f"{name} {label + 1} 2 {label + 1}\n"
     (folder / "annotations").mkdir(exist_ok=True)
     for split, of_split in lines.items():
-        (folder / "annotations" / f"{split}.txt").write_text("".join(of_split))
-    for line, mode, form in zip(lines["trainval"], ("RGBA", "P"), ("PNG", "GIF")):
-        path = folder / "images" / f"{line.split()[0]}.jpg"
+        (folder / "annotations" / f"{split}.txt").write_text(of_split)
+    for number, mode, form in ((1, "RGBA", "PNG"), (2, "P", "GIF")):
+        path = folder / "images" / f"dog_breed1_{number}.jpg"
         Image.open(path).convert(mode).save(path, format=form)
-    (folder / "images" / "stray.mat").write_bytes(b"MATLAB 5.0 MAT-file")  # of no split
 
 
 def imagenet(folder):

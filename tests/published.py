@@ -89,7 +89,6 @@ def build_dataset(is_train, args):
 
 
 def main():
-    deit.silence_known_warnings()
     deit.restore_pil_interp()
     sys.modules["datasets"] = types.ModuleType("datasets")
     sys.modules["datasets"].build_dataset = build_dataset

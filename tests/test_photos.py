@@ -35,14 +35,6 @@ def images_of(root, is_train=True):
     return datasets.build_dataset(is_train, args)[0]
 
 
-def shown(path, image):
-    """Save the image, or array, and load it as a photo."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    image.save(str(path))
-    return datasets.read_image(datasets.load_photo, str(path))
-
-
 @pytest.mark.parametrize("name, pixels", [
     ("grey.png", (RAMP * 65535).round().astype("uint16")),
     ("grey.tif", (RAMP * 65535).round().astype("uint16")),
@@ -50,16 +42,27 @@ def shown(path, image):
     ("grey8.png", (RAMP * 255).round().astype("uint8")),
 ])
 def test_16_bits_and_floats_are_scaled(tmp_path, name, pixels):
-    image = shown(tmp_path / name, pixels)
+    Image.fromarray(pixels).save(str(tmp_path / name))
+    image = datasets.load_photo(str(tmp_path / name))
     pixels = numpy.asarray(image)
     assert image.mode == "RGB" and (pixels[..., :1] == pixels).all()
     assert abs(pixels[..., 0].astype(float) - RAMP * 255).max() <= 0.51
 
 
-@pytest.mark.parametrize("pixels", [RAMP * 2, RAMP - 1, RAMP * numpy.nan])
-def test_numbers_that_cannot_be_shown_are_refused(tmp_path, pixels):
-    with pytest.raises(OSError, match=f"{tmp_path}/odd.tif is .* not 0 to 1"):
-        shown(tmp_path / "odd.tif", pixels.astype("float32"))
+@pytest.mark.parametrize("make, says", [
+    (Image.fromarray((RAMP * 2).astype("float32")).save, "0.0 to 2.0, not 0 to 1"),
+    (Image.fromarray((RAMP - 1).astype("float32")).save, "-1.0 to 0.0, not 0 to 1"),
+    (Image.fromarray((RAMP * numpy.nan).astype("float32")).save, "nan to nan, not 0 to 1"),
+    (Image.new("L", (3000, 2000)).save, r"is too large \(6 megapixels.* scale it down"),
+    (os.mkfifo, "pipe"),  # to open it would take forever
+    (lambda path: open(path, "w").close(), "it is empty"),
+], ids=["above 1", "below 0", "nan", "large", "pipe", "empty"])
+def test_what_cannot_be_shown_is_named(make, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000000)
+    path = str(tmp_path / "a.tif")
+    make(path)
+    with pytest.raises(OSError, match=f"{path} .*{says}"):
+        datasets.read_image(datasets.load_photo, path)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -68,7 +71,8 @@ def test_transparency_is_white(tmp_path, mode):
     pixels[:, :4] = 40, 40, 40, 255
     image = Image.fromarray(pixels)
     image = image.quantize(4) if mode == "P" else image.convert(mode)
-    found = numpy.asarray(shown(tmp_path / "a.png", image))
+    image.save(str(tmp_path / "a.png"))
+    found = numpy.asarray(datasets.load_photo(str(tmp_path / "a.png")))
     assert (found[:, :4] == 40).all() and (found[:, 4:] == 255).all()
 
 
@@ -92,16 +96,6 @@ def test_wrong_metadata_refuse_no_photo(exif, size, tmp_path):
     """The first ones have orientation 6, but Pillow's exif_transpose fails."""
     Image.new("RGB", (4, 2)).save(str(tmp_path / "a.png"), exif=exif)
     assert datasets.load_photo(str(tmp_path / "a.png")).size == size
-
-
-def test_a_pipe_and_a_photo_that_is_too_large_are_named(tmp_path, monkeypatch):
-    """To open a pipe would take forever."""
-    os.mkfifo(str(tmp_path / "pipe.png"))
-    Image.new("L", (3000, 2000)).save(str(tmp_path / "large.png"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000000)
-    for name, says in (("pipe", "pipe"), ("large", r"too large \(6 megapixels.* scale it down")):
-        with pytest.raises(OSError, match=rf"{tmp_path}/{name}\.png is .*{says}"):
-            datasets.read_image(datasets.load_photo, f"{tmp_path}/{name}.png")
 
 
 def test_whatever_pillow_opens_is_used_but_hidden_files_and_copies_are_not(own, tmp_path):
