@@ -103,7 +103,7 @@ def test_whatever_pillow_opens_is_used_but_hidden_files_and_copies_are_not(own, 
     photo.parent.mkdir()
     Image.new("RGB", (9, 9)).save(str(photo))
     (bee / "link").symlink_to(photo.parent)
-    (bee / "circle").symlink_to("circle")
+    (bee / "circle.jpg").symlink_to("circle.jpg")
     before = len(images_of(own))
     used = ("a.jfif", "b.png", "c", "deep/d.JPG")
     hidden = (".e.jpg", "@eaDir/g.jpg", ".ipynb_checkpoints/h.jpg", "../__MACOSX/i.jpg")
@@ -115,16 +115,13 @@ def test_whatever_pillow_opens_is_used_but_hidden_files_and_copies_are_not(own, 
     for name, content in (("notes", b"none"), ("movie.mp4", b"\0" * 99),
                           ("features.h5", b"\x89HDF\r\n\x1a\n" + bytes(100))):
         (bee / name).write_bytes(content)
-    for name in ("k.jpg", "pipe"):  # to open a pipe would take forever
-        os.mkfifo(str(bee / name))
+    os.mkfifo(str(bee / "k.jpg"))  # to open it would take forever
     found = images_of(own)
     assert found.classes == ["ant", "bee", "cow"] and len(found) == before + len(used)
     names = {os.path.relpath(path, bee) for path, _ in found.samples}
     assert {*used, "link/j.jpg"} < names
-    assert found.left_out == {
-        "without an ending": 2, "not a regular file": 2, **dict.fromkeys(
-            [".mp4", ".h5", *(Path(name).suffix for name in copies)], 1)}
-    assert "2 without an ending" in datasets.left_out_in_words(found.left_out)
+    assert found.left_out == dict.fromkeys(["without an ending", "not a regular file", ".mp4", ".h5",
+                                            ".png~", ".bak", ".NEF", ".part"], 1)
 
 
 def test_a_folder_that_contains_itself_is_entered_once(own):
