@@ -1,7 +1,6 @@
-"""Measure the bundle against the published way, side by side, and print one table.
+"""Measure the converter against the published way, side by side, and print one table.
 
 Every figure is a median of runs of each way in turn on this machine: what counts is the ratio.
-DEIT_DIR names the DeiT to train with; without it, the miniature is used.
 """
 import os
 import platform
@@ -13,13 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import timm
 import torch
 
-import generate
-import launches
-
-TESTS = launches.TESTS
+TESTS = Path(__file__).resolve().parent
 AS_PUBLISHED = """
 import sys, torch
 state = torch.load(sys.argv[1], map_location="cpu", weights_only=False)["state_dict"]
@@ -32,16 +27,13 @@ FLOOR = "import shutil, sys, torch; shutil.copyfile(sys.argv[1], sys.argv[2])"
 
 
 def main():
-    deit = "the miniature DeiT" if launches.REAL_DEIT is None else f"DeiT in {launches.REAL_DEIT}"
-    print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"timm {timm.__version__}, {deit}\n\n"
-          "| measured | published | here | published / here |\n| --- | --- | --- | --- |")
-    for part in (converter, run):
-        with tempfile.TemporaryDirectory() as folder:
-            part(Path(folder))
+    print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"
+          "\n| measured | published | here | published / here |\n| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        converter(Path(folder))
 
 
-def measure(ways, output, repeats=1):
+def measure(ways, output, repeats):
     """Median seconds of each way, a command line that writes into ``output``; and its peak GB.
 
     A process inherits its parent's peak, so this one must not grow large.
@@ -70,7 +62,7 @@ def converter(folder):
     source, target, copied = folder / "moco-v3.pth.tar", folder / "out" / "pth", folder / "copied"
     subprocess.run([sys.executable, TESTS / "generate.py", "checkpoint", source, "--width", "768",
                     "--mlp-dim", "4096", "--dim", "256"], check=True)
-    convert = [sys.executable, launches.ROOT / "convert_to_deit.py", "--input", source, "--output"]
+    convert = [sys.executable, TESTS.parent / "convert_to_deit.py", "--input", source, "--output"]
     subprocess.run([*convert, copied], stdout=subprocess.DEVNULL, check=True)
     python = [sys.executable, "-c"]
     figures = measure({"here": [*convert, target],
@@ -81,22 +73,6 @@ def converter(folder):
     line("its peak memory", their_peak, our_peak, "GB")
     line("the floor, to import torch and copy what comes out, against it", figures["floor"][0],
          ours, "s")
-
-
-def run(folder):
-    """A run shaped like Flowers: an epoch is one step, and evaluation sees more than training."""
-    generate.flowers(folder / "data", 16, train_per_class=2, test_per_class=12, size=(750, 500))
-    torch.save({"model": generate.encoder_state()}, folder / "converted.pth")
-    os.environ.update(launches.environment(processes=2))
-    ours = launches.command(
-        "flowers", "--model", "deit_tiny_patch16_224", "--input-size", "224", "--batch-size", "16",
-        "--epochs", "20", "--resume", folder / "converted.pth", "--data-path", folder / "data",
-        "--output_dir", folder / "out", "--num_workers", "10", "--eval-freq", "10",
-        "--save-freq", "10")
-    figures = measure({"published": launches.as_published(ours, 2), "here": ours},
-                      folder / "out")
-    line("a run shaped like Flowers: 20 epochs, 32 train and 192 test images",
-         figures["published"][0], figures["here"][0], "s")
 
 
 if __name__ == "__main__":

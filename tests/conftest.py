@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,8 +79,7 @@ def checkpoint(tmp_path_factory):
     converted = Path(os.environ.get("CONVERTED", folder / "converted.pth")).resolve()
     if not converted.exists():
         generate.moco_checkpoint(folder / "moco.pth.tar", width=WIDTH, depth=DEPTH)
-        subprocess.run([sys.executable, ROOT / "convert_to_deit.py", "--input",
-                        folder / "moco.pth.tar", "--output", converted], check=True)
+        convert_to_deit.main(["--input", str(folder / "moco.pth.tar"), "--output", str(converted)])
     return converted
 
 

@@ -5,8 +5,6 @@ A forked launch imports nothing anew: finetune.py is forked from pytest, the wor
 The DeiT is the miniature in mini_deit/ or, with DEIT_DIR set, a real checkout. Most tests need one
 process and one era of the miniature (its HEAD); where two or all matter, the test says so.
 """
-import argparse
-import functools
 import logging
 import multiprocessing
 import os
@@ -21,7 +19,6 @@ import tempfile
 import warnings
 from multiprocessing import connection
 from pathlib import Path
-from types import SimpleNamespace
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -91,7 +88,7 @@ def start_fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=
     def change():
         if before:
             before()
-        fork_workers_in_place_of_torch([script, *words] if script else None)
+        fork_workers_in_place_of_torch(script, words)
 
     return start_fork_script(finetune, *words, variables=environment(processes, **variables),
                              before=change)
@@ -116,109 +113,94 @@ def start_fork_script(script, *arguments, variables, before=None):
     """Start a Python script in a forked process; return a function that waits for its end."""
     folder = tempfile.TemporaryDirectory()
     outputs = [Path(folder.name, name) for name in ("stdout", "stderr")]
-    process = FORK.Process(target=_become, args=(Path(script), list(map(str, arguments)),
-                                                 variables, before, outputs))
+
+    def become():
+        """Be a new process."""
+        for number, path in enumerate(outputs, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        os.environ.clear()
+        os.environ.update(variables)
+        accept_made_up_cifar()
+        forget_what_is_ours()
+        sys.path[:0] = [str(Path(script).parent), *variables.get("PYTHONPATH", "").split(":")]
+        if before:
+            before()
+        run_as_main(script, arguments)
+
+    process = FORK.Process(target=become)
     process.start()
 
     def finish():
         with folder:
-            _, status = end_together([process])
-            return subprocess.CompletedProcess(arguments, status, *map(Path.read_text, outputs))
+            process.join(300)
+            if process.is_alive():  # pytest's fault handler shows where it waits
+                os.kill(process.pid, signal.SIGABRT)
+                process.join()
+            texts = [path.read_text() for path in outputs]
+        return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
     return finish
 
 
-def end_together(processes):
-    """Wait for the processes; the first that fails ends all. Its rank and status, or 0 and 0."""
-    alive = {process.sentinel: rank for rank, process in enumerate(processes)}
-    try:
-        while alive:
-            ended = connection.wait(alive, timeout=300)
-            if not ended:
-                for rank in alive.values():  # pytest's fault handler shows where it waits
-                    os.kill(processes[rank].pid, signal.SIGABRT)
-                raise AssertionError("no process has ended in 5 minutes")
-            for rank in map(alive.pop, ended):
-                processes[rank].join()
-                if processes[rank].exitcode:
-                    return rank, processes[rank].exitcode
-        return 0, 0
-    finally:
-        for rank in alive.values():
-            processes[rank].kill()
-            processes[rank].join()
+def forget_what_is_ours():
+    """Import this bundle and DeiT again, from where the next import finds them."""
+    def is_ours(path):
+        return path.startswith((str(ROOT), str(DEIT))) and "site-packages" not in path
 
-
-def _become(script, arguments, variables, before, outputs):
-    """Be a fresh process."""
-    for number, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    os.environ.clear()
-    os.environ.update(variables)
-    sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep)
-    accept_made_up_cifar()
-    _forget_and_run(script, arguments, before)
-
-
-def _forget_and_run(script, arguments, before=None):
-    """Run a script as if nothing of ours or of DeiT's had been imported yet."""
     for name, module in list(sys.modules.items()):
-        file = str(getattr(module, "__file__", None) or "")
-        if file.startswith((str(ROOT), str(DEIT))) and "site-packages" not in file:
+        if is_ours(str(getattr(module, "__file__", None))):
             del sys.modules[name]
-    ours = {str(folder) for folder in (TESTS, TESTS / "mini_deit", DEIT, ROOT, SCRIPTS)}
-    sys.path[:] = [str(Path(script).parent), *(path for path in sys.path if path not in ours)]
-    if before:
-        before()
-    _run(script, arguments)
+    sys.path[:] = [path for path in sys.path if not is_ours(path)]
 
 
-def _run(script, arguments):
-    sys.argv = [str(script), *arguments]
+def run_as_main(script, arguments):
+    sys.argv = [str(script), *map(str, arguments)]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def fork_workers_in_place_of_torch(words=None):
-    """Have torch's launcher fork its processes from this one; words: what they run instead."""
+def fork_workers_in_place_of_torch(script=None, arguments=()):
+    """Have torch's launcher fork its processes from this one; script: what they run instead."""
     try:
         import torch.distributed.run as torch_launcher
     except ImportError:  # before torch 1.9
         import torch.distributed.launch as torch_launcher
 
+    def be(rank, local):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(local))
+        logging.disable(logging.NOTSET)
+        warnings.resetwarnings()  # as Python starts: the launcher has silenced all
+        for category in (PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        if script:
+            forget_what_is_ours()
+            run_as_main(script, arguments)
+        else:
+            worker, folder = sys.argv[-2:]
+            run_as_main(worker, [folder])
+
     def main():
-        parser = argparse.ArgumentParser()
-        for name in ("nproc_per_node", "nnodes", "node_rank", "master_port"):
-            parser.add_argument(f"--{name}", type=int)
-        parser.add_argument("--master_addr")
-        args, (*_, worker, folder) = parser.parse_known_args()
-        run = functools.partial(_forget_and_run, words[0], words[1:]) if words else (
-            functools.partial(_run, worker, [folder]))
-        workers = []
-        for local in range(args.nproc_per_node):
-            told = {"RANK": args.node_rank * args.nproc_per_node + local, "LOCAL_RANK": local,
-                    "WORLD_SIZE": args.nnodes * args.nproc_per_node,
-                    "MASTER_ADDR": args.master_addr, "MASTER_PORT": args.master_port}
-            workers.append(FORK.Process(target=_become_worker, args=(told, run)))
-            workers[-1].start()
-        rank, status = end_together(workers)
-        if status:
-            failure = subprocess.CalledProcessError(status, worker)
-            if torch_launcher.__name__.endswith("run"):
-                failure = Exception()
-                failure.get_first_failure = lambda: (rank, SimpleNamespace(exitcode=status))
-            raise failure
+        def told(name):
+            return sys.argv[sys.argv.index(f"--{name}") + 1]
+
+        processes = int(told("nproc_per_node"))
+        os.environ.update(
+            WORLD_SIZE=str(processes * int(told("nnodes"))), MASTER_ADDR=told("master_addr"),
+            MASTER_PORT=told("master_port"))
+        first = processes * int(told("node_rank"))
+        running = [FORK.Process(target=be, args=(first + local, local))
+                   for local in range(processes)]
+        for worker in running:
+            worker.start()
+        while running:
+            connection.wait([worker.sentinel for worker in running])
+            ended = [worker for worker in running if worker.exitcode is not None]
+            for worker in ended:
+                if worker.exitcode:  # the others end with this process
+                    raise subprocess.CalledProcessError(worker.exitcode, "worker")
+                running.remove(worker)
 
     torch_launcher.main = main
-
-
-def _become_worker(variables, run):
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    logging.disable(logging.NOTSET)
-    warnings.resetwarnings()  # as Python starts: the launcher has silenced all
-    for category in (PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", category)
-    run()
 
 
 def accept_made_up_cifar():

@@ -1,9 +1,9 @@
 """A miniature of facebookresearch/deit, written for this project's tests: our own code, not DeiT's.
 
-It has DeiT's file names and what the project adapts from outside: functions, options, checkpoint
-keys, the order of the steps, and the faults to correct (weights loaded after the EMA was made, a
-GPU that must exist, names that newer timm has dropped). MINI_DEIT_ERA=2020, 2021 or head (the
-default) selects the DeiT of December 2020, of June 2021 or the last.
+It has DeiT's file names and what the project adapts from outside: functions, options, the order of
+the steps, and the faults to correct (weights loaded after the EMA was made, a GPU that must exist,
+names that newer timm has dropped). It trains only as a process of torch's launcher. MINI_DEIT_ERA=
+2020, 2021 or head (the default) selects the DeiT of December 2020, of June 2021 or the last.
 """
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
-from timm.utils import ModelEma, NativeScaler, get_state_dict
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from timm.utils import ModelEma, NativeScaler
+from torch.utils.data import DataLoader, DistributedSampler
 
 import models  # noqa: F401  registers the models with timm
 import utils
@@ -32,11 +32,8 @@ if HEAD:
 def make_loaders(args):
     train_set, args.nb_classes = build_dataset(is_train=True, args=args)
     test_set, _ = build_dataset(is_train=False, args=args)
-    if HEAD and not args.distributed:
-        sampler = RandomSampler(train_set)
-    else:
-        kind = RASampler if args.repeated_aug else DistributedSampler
-        sampler = kind(train_set, args.world_size, args.rank, shuffle=True)
+    kind = RASampler if args.repeated_aug else DistributedSampler
+    sampler = kind(train_set, args.world_size, args.rank, shuffle=True)
     shared = {"num_workers": args.num_workers, "pin_memory": args.pin_mem}
     return (DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **shared),
             DataLoader(test_set, int(1.5 * args.batch_size), **shared))
@@ -65,8 +62,7 @@ def main(args):
         drop_path_rate=args.drop_path, drop_block_rate=None, **newer)
     model.to(device)
     ema = ModelEma(model, decay=args.model_ema_decay) if args.model_ema else None
-    if args.distributed:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[args.gpu])
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[args.gpu])
     args.lr *= args.batch_size * args.world_size / 512
     optimizer = create_optimizer(args, bare if SINCE_2021 else model)
     scaler = NativeScaler()
@@ -78,35 +74,20 @@ def main(args):
         print(f"Accuracy of the network on the test images: {stats['acc1']:.1f}%")
         return
 
-    def save(name):
-        if not args.output_dir:
-            return
-        state = {"model": bare.state_dict(), "model_ema": get_state_dict(ema), "epoch": epoch,
-                 "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict(),
-                 "args": args}
-        if SINCE_2021:
-            state["scaler"] = scaler.state_dict()
-        utils.save_on_master(state, Path(args.output_dir) / name)
-
     newer = {"set_training_mode": True} if SINCE_2021 else {}
     if HEAD:
         newer["args"] = args
-    best = 0.0
     for epoch in range(args.start_epoch, args.epochs):
-        if args.distributed:
-            train_loader.sampler.set_epoch(epoch)
+        train_loader.sampler.set_epoch(epoch)
         trained = train_one_epoch(model, criterion, train_loader, optimizer, device, epoch, scaler,
                                   args.clip_grad, ema, mixup, **newer)
         scheduler.step(epoch)
-        save("checkpoint.pth")
         tested = evaluate(test_loader, model, device)
         print(f"Accuracy of the network on the test images: {tested['acc1']:.1f}%")
-        if HEAD and tested["acc1"] > best:
-            best = tested["acc1"]
-            save("best_checkpoint.pth")
         row = {**{f"train_{name}": value for name, value in trained.items()},
                **{f"test_{name}": value for name, value in tested.items()},
                "epoch": epoch}
         if args.output_dir and args.rank == 0:
+            torch.save({"model": bare.state_dict()}, Path(args.output_dir, "checkpoint.pth"))
             with open(Path(args.output_dir, "log.txt"), "a") as out:
                 out.write(f"{json.dumps(row)}\n")

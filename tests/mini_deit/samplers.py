@@ -10,7 +10,6 @@ class RASampler(Sampler):
 
     def __init__(self, dataset, num_replicas=None, rank=None, shuffle=True):
         self.images, self.num_replicas, self.rank = len(dataset), num_replicas, rank
-        self.epoch = 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch

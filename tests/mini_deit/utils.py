@@ -1,4 +1,4 @@
-"""Meters, processes and checkpoint files."""
+"""Meters and processes."""
 import builtins
 import os
 from collections import defaultdict
@@ -13,10 +13,9 @@ class SmoothedValue:
     count, total = 0, 0.0
 
     def synchronize_between_processes(self):
-        if dist.is_initialized():
-            sums = torch.tensor([self.count, self.total], dtype=torch.float64, device="cuda")
-            dist.all_reduce(sums)
-            self.count, self.total = int(sums[0].item()), sums[1].item()
+        sums = torch.tensor([self.count, self.total], dtype=torch.float64, device="cuda")
+        dist.all_reduce(sums)
+        self.count, self.total = int(sums[0].item()), sums[1].item()
 
 
 class MetricLogger:
@@ -40,18 +39,9 @@ class MetricLogger:
                 print(header, f"[{step}/{len(iterable)}]", self.averages())
 
 
-def save_on_master(state, path):
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(state, path)
-
-
 def init_distributed_mode(args):
-    args.distributed = {"RANK", "WORLD_SIZE"} <= set(os.environ)
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if not args.distributed:
-        return
-    args.gpu = int(os.environ["LOCAL_RANK"])
+    args.rank, args.world_size, args.gpu = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     torch.cuda.set_device(args.gpu)
     dist.init_process_group(backend="nccl", init_method=args.dist_url,
                             world_size=args.world_size, rank=args.rank)
