@@ -74,12 +74,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A converted checkpoint that fits MODEL; if CONVERTED names a path, that one."""
+    """A converted checkpoint that fits MODEL."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    converted = Path(os.environ.get("CONVERTED", folder / "converted.pth")).resolve()
-    if not converted.exists():
-        generate.moco_checkpoint(folder / "moco.pth.tar", width=WIDTH, depth=DEPTH)
-        convert_to_deit.main(["--input", str(folder / "moco.pth.tar"), "--output", str(converted)])
+    moco, converted = folder / "moco.pth.tar", folder / "converted.pth"
+    generate.moco_checkpoint(moco, width=WIDTH, depth=DEPTH)
+    convert_to_deit.main(["--input", str(moco), "--output", str(converted)])
     return converted
 
 
