@@ -17,11 +17,11 @@ CLIPPING = {"2021": ["--clip-grad", "0.5"]}  # in one era; it would hide a wrong
 def tuned(data, checkpoint, tmp_path_factory):
     """tuned(era, processes, accum_iter): the folder of a run that makes steps of 8 images."""
     @functools.lru_cache(maxsize=None)
-    def tune(era, processes, accum_iter, folder=None, train=train, lr=3, **options):
+    def tune(era, processes, accum_iter, folder=None, train=train, **options):
         folder = folder or tmp_path_factory.mktemp("run")
         train("pets", "--data-set", "folder", "--data-path", data / "folder",
               "--resume", checkpoint, "--output_dir", folder, "--batch-size", "2",
-              "--accum-iter", accum_iter, "--opt", "sgd", "--lr", lr, "--warmup-epochs", "0",
+              "--accum-iter", accum_iter, "--opt", "sgd", "--lr", "3", "--warmup-epochs", "0",
               "--mixup", "0", "--model-ema-decay", "0.8", *CLIPPING.get(era, []),
               processes=processes, era=era, **options)
         return folder
@@ -29,15 +29,11 @@ def tuned(data, checkpoint, tmp_path_factory):
     return tune
 
 
-def distance(run, other):
-    """The largest difference of any weight or EMA between two runs."""
-    states = [saved(folder / "checkpoint.pth") for folder in (run, other)]
-    return max((states[0][part][name] - states[1][part][name]).abs().max().item()
-               for part in ("model", "model_ema") for name in states[0][part])
-
-
 def assert_same(run, other):
-    assert distance(run, other) < 1e-5
+    states = [saved(folder / "checkpoint.pth") for folder in (run, other)]
+    for part in ("model", "model_ema"):
+        for name, tensor in states[0][part].items():
+            assert (tensor - states[1][part][name]).abs().max() < 1e-5
     assert rates_of(run) == rates_of(other)
     losses = [[row[name] for row in log_of(folder) for name in ("train_loss", "test_loss")]
               for folder in (run, other)]
@@ -50,12 +46,6 @@ def assert_same(run, other):
 def test_fewer_processes_train_what_four_train(era, processes, accum_iter, tuned):
     """Also with a variable of something else."""
     assert_same(tuned(era, processes, accum_iter, WORLD_SIZE="8"), tuned(era, 4, 1))
-
-
-def test_a_wrong_gradient_would_be_found(tuned):
-    """Four times as large, as without averaging."""
-    wrong = tuned(ERAS[-1], 1, 4, lr=12)
-    assert distance(wrong, tuned(ERAS[-1], 4, 1)) > 1e-3
 
 
 @pytest.mark.parametrize("first, then", [((4, 1), (1, 4)), ((1, 4), (2, 2))])
