@@ -1,9 +1,8 @@
-"""One epoch of training, one pass of evaluation."""
+"""One epoch of training."""
 import math
 import sys
 
 import torch
-from timm.utils import accuracy
 
 import utils
 
@@ -34,12 +33,6 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     return meters.averages()
 
 
-@torch.no_grad()
 def evaluate(data_loader, model, device):
-    model.eval()
-    meters = utils.MetricLogger()
-    for images, labels in meters.log_every(data_loader, 10, "Test:"):
-        logits = model(images.to(device))
-        acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
-        meters.update(acc1=acc1, acc5=acc5)
-    return meters.averages()
+    """What the bundle always replaces; beside it, only training is compared."""
+    return {"acc1": 0.0}
