@@ -181,12 +181,12 @@ def results_of(folder):
             for row in log_of(folder)]
 
 
-def assert_rates(folder, epochs, warmup, peak, start=1e-6, end=1e-5):
+def assert_rates(folder, epochs, warmup, peak):
     """Linear warm-up, then a cosine. DeiT steps the schedule late, by one epoch."""
     def rate(epoch):
         if epoch < warmup:
-            return start + epoch * (peak - start) / warmup
-        return end + (peak - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            return 1e-6 + epoch * (peak - 1e-6) / warmup
+        return 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
     expected = [rate(max(0, epoch - 1)) for epoch in range(epochs)]
     assert rates_of(folder) == pytest.approx(expected, rel=1e-9)

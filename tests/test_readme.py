@@ -8,18 +8,10 @@ import subprocess
 import pytest
 
 import arguments as mini_deit
+import launches
 from conftest import copy_bundle, train
 from deit_plugin.flags import parse, parser_for
-from launches import (
-    ROOT,
-    SCRIPTS,
-    TESTS,
-    environment,
-    fork,
-    fork_script,
-    fork_workers_in_place_of_torch,
-    run_by_shell,
-)
+from launches import ROOT, SCRIPTS, TESTS, environment
 
 PARSER = parser_for(mini_deit)
 README = (ROOT / "README.md").read_text()
@@ -46,7 +38,7 @@ def run(folder, commands):
     """Have bash read the commands, and fork each Python that it starts; what the last prints."""
     def prepare():
         os.chdir(folder)
-        fork_workers_in_place_of_torch()
+        launches.fork_workers_in_place_of_torch()
 
     shown = folder / "shown"
     shown.write_text("")
@@ -58,8 +50,8 @@ def run(folder, commands):
                    env=environment(PATH=path, PYTHON=python, NPROC_PER_NODE=None))
     for line in shown.read_text().splitlines():
         processes, script, *words = line.split("\t")[:-1]
-        done = fork_script(folder / script, *words, before=prepare,
-                           variables=environment(NPROC_PER_NODE=processes or None))
+        done = launches.fork_script(folder / script, *words, before=prepare,
+                                    variables=environment(NPROC_PER_NODE=processes or None))
         assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -97,7 +89,7 @@ def test_every_link_and_flag_in_readme_exists():
                                    for line in headings], target
     known = "".join(path.read_text() for path in (
         *ROOT.glob("scripts/*.py"), *ROOT.glob("*.py"), TESTS / "generate.py"))
-    listed = fork("pets", "--all-flags").stdout
+    listed = launches.fork("pets", "--all-flags").stdout
     assert "--model-ema-decay" in listed and "--accum-iter" in listed
     foreign = {"--gpus-per-node", "--cpus-per-task", "--nodes", "--array", "--gpus", "--partition",
                "--account", "--time"}  # sbatch's
@@ -109,7 +101,7 @@ def test_every_link_and_flag_in_readme_exists():
 def test_a_recipe_has_the_flags_of_the_table(recipe):
     assert os.access(SCRIPTS / f"{recipe}.sh", os.X_OK)
     row = re.search(rf"\| `scripts/{recipe}\.sh` \| (.*?) \| [\d.]+ % \|", README)[1].split(" | ")
-    _, *words = run_by_shell(["bash", SCRIPTS / f"{recipe}.sh"]).stdout.splitlines()
+    _, *words = launches.run_by_shell(["bash", SCRIPTS / f"{recipe}.sh"]).stdout.splitlines()
     args = parse(PARSER, words).recipe_args
     expected = {"data_set": recipe, "model": "deit_base_patch16_224", "batch_size": 128}
     table = ("weight_decay", "reprob", "drop_path", "mixup", "cutmix")
