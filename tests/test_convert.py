@@ -177,8 +177,10 @@ MOCO = without_head(encoder("base_encoder."))
      "patch_embed.proj.weight (64, 3, 32, 32) (64, 3, 16, 16)"),
     ({**MOCO, "base_encoder.pos_embed": torch.ones(1, 198, 64)}, "pos_embed (1, 198, 64)"),
     ({**MOCO, "base_encoder.norm.bias": torch.full((64,), float("nan")).half()}, "norm.bias NaN"),
+    ({**MOCO, "base_encoder.norm.bias": torch.full((64,), float("inf")).half()}, "norm.bias NaN"),
     (b"", "empty download it again"),
     (b"<!DOCTYPE html><p>404", "<!DOCTYPE html> download it again"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs download it again"),
 ])
 def test_what_is_no_moco_vit_is_refused_with_its_reason(tmp_path, capfd, content, words):
     line = refusal(capfd, run(tmp_path, content)[0], tmp_path)
