@@ -74,11 +74,11 @@ def fork(recipe, *flags, **options):
 
 
 def start_fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=None, before=None,
-               **variables):
+               forks_workers=True, **variables):
     """Start a forked launch; return a function that waits for its end.
 
     script: path of one to run in place of the worker, with all flags; before: called before
-    anything else, to change what is imported.
+    anything else, to change what is imported; forks_workers: or torch's own launcher starts them.
     """
     shown = run_by_shell(command(recipe, *flags, scripts=scripts, small=small), **variables)
     if shown.returncode:
@@ -88,7 +88,8 @@ def start_fork(recipe, *flags, processes=1, scripts=SCRIPTS, small=True, script=
     def change():
         if before:
             before()
-        fork_workers_in_place_of_torch(script, words)
+        if forks_workers:
+            fork_workers_in_place_of_torch(script, words)
 
     return start_fork_script(finetune, *words, variables=environment(processes, **variables),
                              before=change)

@@ -29,42 +29,40 @@ from launches import (
     kill_itself,
     limit_file_size,
 )
-from underway import end_of, kill_all, processes_of, running, wait_for, wait_for_epochs
+from underway import (
+    end_of,
+    kill_all,
+    meanwhile,
+    processes_of,
+    running,
+    wait_for,
+    wait_for_epochs,
+)
 
 # Longer than any test; with a save after the first 100 epochs.
 LONG = ["--epochs", "500", "--save-freq", "100", "--eval-freq", "400"]
 
 
-@pytest.mark.parametrize("name, processes, status, says", [
-    ("SIGTERM", PAIR, 143, ""),
-    ("SIGINT", 1, 130, "interrupted: .* epochs? of 500 are saved in .*; the same command continues")
-])
-def test_ending_a_launch_ends_every_process(name, processes, status, says, flags, refusal,
-                                            tmp_path):
-    """And every data worker. Ctrl-C, which a terminal sends to all of them, says what is saved."""
-    flags = [*flags, *LONG, "--num_workers", "1", "--save-freq", "1"]
-    with running("pets", *flags, processes=processes) as run:
+def test_ending_a_launch_by_ctrl_c_ends_every_process_and_says_what_is_saved(flags, tmp_path):
+    """A terminal sends SIGINT to all of them. For SIGTERM see test_errors.py, odd surroundings."""
+    def interrupt():
         wait_for_epochs(tmp_path / "run", 2)
-        assert len(processes_of(tmp_path)) >= 2 * processes
-        assert "another run" in refusal("pets", *flags, NPROC_PER_NODE=processes)
-        for process in [run.pid, *(processes_of(tmp_path) if name == "SIGINT" else ())]:
+        for process in (*processes_of(tmp_path), os.getpid()):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, getattr(signal, name))
-        wait_for(lambda: not processes_of(tmp_path), seconds=20)
-        done = end_of(run)
-    assert done.returncode == status and re.fullmatch(says, done.stderr.rstrip("\n"))
+                os.kill(process, signal.SIGINT)
+
+    done = fork("pets", *flags, *LONG, "--num_workers", "1", "--save-freq", "1",
+                before=meanwhile(interrupt), forks_workers=False, LAUNCHED_INTO=tmp_path)
+    wait_for(lambda: not processes_of(tmp_path), seconds=20)
+    said = "interrupted: .* epochs? of 500 are saved in .*; the same command continues\n"
+    assert done.returncode == 130 and re.fullmatch(said, done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("options, rank, says", [
-    ({}, 0, "nothing saved yet; the same command starts again"),
-    ({"overwrite": True}, 0, "the same command without --overwrite starts again"),
-    ({"eval": True}, 0, "the evaluation is not finished"),
-    ({}, 1, "the first machine saves the run; the same command continues")])
-def test_ctrl_c_says_what_is_lost(options, rank, says, capsys):
-    args = Namespace(**{"eval": False, "overwrite": False, **options})
-    with pytest.raises(SystemExit) as stop:
-        launcher.interrupted(args, launcher.Machines(1, 2, rank, "127.0.0.1", 1))
-    assert stop.value.code == 130 and says in capsys.readouterr().err
+def test_ctrl_c_tells_not_to_overwrite_again(capsys):
+    with pytest.raises(SystemExit):
+        launcher.interrupted(Namespace(eval=False, overwrite=True),
+                             launcher.Machines(1, 1, 0, "127.0.0.1", 1))
+    assert "the same command without --overwrite starts again" in capsys.readouterr().err
 
 
 def test_after_ctrl_c_at_a_terminal_a_launch_dies_of_the_signal():
@@ -86,36 +84,63 @@ def test_ctrl_c_while_a_launch_decides(flags, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def be_killed_with_a_temporary_folder():
+    with launcher.temporary_folder():
+        kill_itself()
+
+
 def test_temporary_folders_of_killed_launches_are_removed(monkeypatch):
     """And none that is in use, or not ours."""
-    def be_killed():
-        with launcher.temporary_folder():
-            kill_itself()
-
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         monkeypatch.setenv("TMPDIR", folder)
         os.mkdir(f"{folder}/finetune-results")  # somebody's
-        killed = FORK.Process(target=be_killed)
+        killed = FORK.Process(target=be_killed_with_a_temporary_folder)
         killed.start()
         killed.join()
         assert len(os.listdir(folder)) == 2
-        with launcher.temporary_folder() as used:
-            assert len(os.listdir(folder)) == 2
-            with launcher.temporary_folder():
-                assert os.path.isdir(used)
+        with launcher.temporary_folder() as used, launcher.temporary_folder():
+            assert os.path.isdir(used) and len(os.listdir(folder)) == 3
         assert os.listdir(folder) == ["finetune-results"]
 
 
 @pytest.mark.parametrize("processes, workers, status, says", [
-    (PAIR, 0, 137, "SIGKILL"), (1, 1, 1, "DataLoader worker.*--num_workers")])
+    (PAIR, 0, 137, "SIGKILL"),
+    pytest.param(1, 1, 1, "DataLoader worker.*--num_workers", marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_is_named(processes, workers, status, says, flags, tmp_path):
-    """A rank or a data worker, as the system kills one when memory runs out."""
-    with running("pets", *flags, *LONG, "--num_workers", workers, processes=processes) as run:
+    """A rank or, also below, a data worker, as the system kills one when memory runs out."""
+    def kill_one():
         wait_for_epochs(tmp_path / "run")
         os.kill(max(processes_of(tmp_path)), signal.SIGKILL)
-        done = end_of(run)
+
+    done = fork("pets", *flags, *LONG, "--num_workers", workers, processes=processes,
+                before=meanwhile(kill_one), forks_workers=False, LAUNCHED_INTO=tmp_path)
     assert re.search(says, error_of(done, status)) and not processes_of(tmp_path)
+
+
+def in_data_workers(fail):
+    """For ``fork``'s before: data workers call ``fail`` when they hand over images."""
+    def change():
+        from multiprocessing.reduction import ForkingPickler
+
+        dumps = ForkingPickler.dumps
+        ForkingPickler.dumps = lambda *arguments: (
+            fail() if torch.utils.data.get_worker_info() else dumps(*arguments))
+
+    return change
+
+
+def have_too_long_a_path():
+    """For a socket."""
+    raise OSError("path too long")
+
+
+@pytest.mark.parametrize("fail, says", [
+    (kill_itself, "DataLoader worker.*--num_workers"),
+    (have_too_long_a_path, "a data worker cannot hand over.*path too long")])
+def test_a_data_worker_that_fails_does_not_hang_the_run(fail, says, flags):
+    done = fork("pets", *flags, "--num_workers", "1", before=in_data_workers(fail))
+    assert re.search(says, error_of(done, status=1))
 
 
 def test_files_of_others_are_kept(flags, tmp_path):
@@ -135,14 +160,10 @@ def test_files_of_others_are_kept(flags, tmp_path):
 def test_a_finished_run_is_kept_unless_it_is_to_be_overwritten(run, flags, refusal):
     own = run / "checkpoint.pth"
     (run / "report.png").write_text("ours")
-    with open(run / "log.txt", "a") as log:
-        log.write('{"a": 1}\n[3]\n')
     before = own.read_bytes()
     for words in ([], ["--resume", own]):
         assert "nothing left to train" in train("pets", *flags, *words).stdout
     assert own.read_bytes() == before
-    refused = refusal("pets", *flags, "--weight-decay", "0.3")
-    assert "--weight-decay 0.3 (there: 0.1)" in refused and "--overwrite" in refused
     assert "would delete" in refusal("pets", *flags, "--resume", own, "--overwrite")
     more = refusal("pets", *flags, "--epochs", "3")
     assert f"--resume {own}" in more and "another --output_dir" in more
@@ -166,34 +187,12 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_pat
     assert saved(run / "checkpoint.pth")["epoch"] == 0
     assert not list(run.glob("*.tmp")) + list(run.glob(".*.tmp"))
     train("pets", *flags[2:])  # without --resume
-    assert "nothing left to train" in train("pets", *flags).stdout
     assert [row["epoch"] for row in log_of(run)] == [0, 1, 2]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
     line = error_of(fork("pets", *flags, "--lr", "1e30", "--warmup-epochs", "0"), status=1)
     assert "not finite" in line and "--lr" in line
-
-
-def break_the_feeder():
-    """A data worker's thread that hands over images fails, as with a socket's path too long."""
-    from multiprocessing.reduction import ForkingPickler
-
-    dumps = ForkingPickler.dumps
-
-    def fail_in_data_workers(*arguments):
-        if torch.utils.data.get_worker_info():
-            raise OSError("path too long")
-        return dumps(*arguments)
-
-    ForkingPickler.dumps = fail_in_data_workers
-
-
-def test_a_data_worker_that_cannot_hand_over_images_does_not_hang_the_run(flags):
-    began = time.monotonic()
-    done = fork("pets", *flags, "--num_workers", "1", before=break_the_feeder)
-    assert "data worker cannot hand over" in done.stderr and "Traceback" not in done.stderr
-    assert done.returncode and time.monotonic() - began < 60
 
 
 def test_no_traceback_of_a_data_worker_whose_run_was_killed():

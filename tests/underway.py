@@ -3,6 +3,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def running(recipe, *flags, scripts=SCRIPTS, **variables):
     finally:
         process.kill()
         process.communicate(timeout=60)
+
+
+def meanwhile(act):
+    """For ``fork``'s before: ``act``, in a thread of the launch."""
+    return threading.Thread(target=act, daemon=True).start
 
 
 def end_of(run, timeout=60):
