@@ -138,34 +138,34 @@ def test_slurm_job_runs_the_recipe_on_every_node(slurm):
 
 
 @pytest.mark.parametrize("array, arguments, requeued", [
-    ("", ["--output_dir", "run"], "123456"), ("inherited", ["--output_dir=run"], "123456"),
+    ("none", ["--output_dir", "run"], "123456"), ("inherited", ["--output_dir=run"], "123456"),
     ("own", ["--seed", "%a", "--output_dir=run-%a"], "123456_2"),
-    ("", ["--output_dir", "other"], None),
 ])
-def test_slurm_job_requeues_itself_before_the_time_limit_if_it_saved(array, arguments, requeued,
-                                                                     slurm, tmp_path):
+def test_slurm_job_requeues_itself_before_the_time_limit(array, arguments, requeued, slurm,
+                                                         tmp_path):
     """The last task of an array has the id of the whole array."""
-    checkpoints = [tmp_path / name / "checkpoint.pth" for name in ("run", "run-2", "other")]
-    checkpoints[2].parent.mkdir()
-    checkpoints[2].touch()  # which an earlier job has saved
-    variables = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "2"} if array else {}
-    if array == "own":
-        variables["ARRAY"] = "ArrayJobId=123456 ArrayTaskId=2 "
-    job = slurm("pets", *arguments, FAILS="20" if requeued else "2", **variables)
+    variables = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "2"}
+    job = slurm("pets", *arguments, **(variables if array != "none" else {}),
+                ARRAY="ArrayJobId=123456 ArrayTaskId=2 " if array == "own" else "")
     wait_for((tmp_path / "started").exists, seconds=20)
-    for path in checkpoints[:2]:
-        path.parent.mkdir()
-        path.touch()
+    run = tmp_path / ("run-2" if array == "own" else "run")
+    run.mkdir()
+    (run / "checkpoint.pth").touch()
     assert "#SBATCH --signal=B:USR1@" in (tmp_path / "slurm_script").read_text()
     job.send_signal(signal.SIGUSR1)
     done = end_of(job)
-    assert done.returncode == (143 if requeued else 2)
-    if requeued:
-        assert (tmp_path / "requeued").read_text().split() == [requeued]
-        assert "continue from checkpoint.pth" in done.stdout
-    else:
-        assert not (tmp_path / "requeued").exists() and "more --time" in done.stderr
+    assert done.returncode == 143 and "continue from checkpoint.pth" in done.stdout
+    assert (tmp_path / "requeued").read_text().split() == [requeued]
     assert ("'--seed' '2' '--output_dir=run-2'" in done.stdout) == (array == "own")
+
+
+def test_slurm_job_that_saved_nothing_before_the_time_limit_is_not_requeued(slurm, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").touch()  # which an earlier job has saved
+    job = slurm("pets", "--output_dir", "run", FAILS="2")
+    wait_for((tmp_path / "started").exists, seconds=20)
+    job.send_signal(signal.SIGUSR1)
+    assert "more --time" in error_of(end_of(job)) and not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.parametrize("preempted", ["2030-01-31T12:00:00", "None"])
