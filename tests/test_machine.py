@@ -116,6 +116,20 @@ def test_a_launch_of_two_processes_sees_two_gpus_of_those_that_are_visible(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
 
 
+def fail_with(text, patience, folder):
+    """A worker of a launch in ``folder`` that raises RuntimeError."""
+    return python(f"""if True:
+        import os, sys, types
+        from deit_plugin import errors
+        errors.PATIENCE = {patience}
+        os.environ[errors.FIRST_FAILURE] = {str(folder / "first")!r}
+        cuda = types.SimpleNamespace(get_arch_list=lambda: ["sm_70", "sm_75"])
+        sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+        def fail():
+            raise RuntimeError({text!r})
+        errors.guard(fail)""", stderr=subprocess.PIPE)
+
+
 @pytest.mark.parametrize("text, says", [
     ("CUDA out of memory. Tried to allocate 2.00 GiB", "2.00 GiB: .* --batch-size"),
     ("NCCL error in: NCCLUtils.hpp:275, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA "
@@ -131,16 +145,16 @@ def test_an_error_of_a_gpu_is_said_at_once(text, says, tmp_path):
 
     The texts are those of torch, cuBLAS and NCCL; there is no GPU here.
     """
-    program = f"""if True:
-        import os, sys, types
-        from deit_plugin import errors
-        errors.PATIENCE = 1000
-        os.environ[errors.FIRST_FAILURE] = {str(tmp_path / "first")!r}
-        cuda = types.SimpleNamespace(get_arch_list=lambda: ["sm_70", "sm_75"])
-        sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
-        def fail():
-            raise RuntimeError({text!r})
-        errors.guard(fail)"""
-    done = python(program, stderr=subprocess.PIPE)
+    done = fail_with(text, 1000, tmp_path)
     assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
     assert "Traceback" in says or done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2903",
+     "another machine or process has ended"),
+    ("The server socket has failed to listen on any local network address. EADDRINUSE",
+     "a port is in use")])
+def test_what_another_process_has_caused_is_said_in_one_line(text, says, tmp_path):
+    done = fail_with(text, 0, tmp_path)
+    assert says in error_of(done, status=1)
