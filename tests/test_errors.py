@@ -254,7 +254,7 @@ def test_odd_surroundings_change_nothing(data, checkpoint, refusal, tmp_path):
         launched.terminate()
         wait_for(lambda: not processes_of(tmp_path), seconds=20)
         done = end_of(launched)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert done.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM) and done.stderr == ""
     done = fork("pets", *flags, "~/run", "--hold-out", "0.2", processes=PAIR,
                 scripts=tmp_path / "linked", **odd)
     assert "--hold-out 0.2 (there: 0.0)" in error_of(done)  # about the same run

@@ -50,7 +50,7 @@ def test_a_node_that_waits_for_another_can_be_interrupted(flags):
     done = fork("pets", *flags, NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port, forks_workers=False, before=meanwhile(interrupt))
     assert "machine 1 of 2, waiting for" in done.stdout
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr
 
 
 def test_machines_that_would_train_differently_are_refused(data, flags, tmp_path):
