@@ -1,5 +1,7 @@
 """Launches that are under way: to wait for, and to kill."""
 import contextlib
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -59,6 +61,13 @@ def processes_of(folder):
 
 
 def kill_all(run, folder):
-    """``kill -9`` for a launch, with which all its processes end."""
+    """``kill -9`` for every process of a launch, as when its machine goes down."""
+    def none_is_left():
+        left = processes_of(folder)  # also those that were just forked
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        return not left
+
     run.kill()
-    wait_for(lambda: not processes_of(folder), seconds=20)
+    wait_for(none_is_left, seconds=20)
