@@ -1,4 +1,5 @@
 """What the tests share: small data, a converted checkpoint, and readers of what a run leaves."""
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & ignores
 
 import torch  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 import generate  # noqa: E402
 from launches import (  # noqa: E402
@@ -194,6 +196,17 @@ def assert_rates(folder, epochs, warmup, peak):
 
 def saved(path):
     return convert_to_deit.load(str(path))
+
+
+def vit_of(state, size, heads):
+    """timm's own model with these tensors, for images of ``size`` pixels."""
+    model = VisionTransformer(
+        img_size=size, embed_dim=state["cls_token"].shape[-1], num_heads=heads, qkv_bias=True,
+        depth=sum(name.endswith("norm1.bias") for name in state),
+        num_classes=len(state.get("head.bias", ())),
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def rewrite(path, change):
