@@ -2,7 +2,6 @@
 import csv
 import json
 import os
-import re
 import shutil
 import time
 from argparse import Namespace
@@ -16,11 +15,11 @@ from PIL import Image
 
 import generate
 import published
-from conftest import error_of, log_of, saved, train
+from conftest import error_of, log_of, saved, train, vit_of
 from deit_plugin import data as run_data
 from deit_plugin import evaluation
 from deit_plugin.errors import UserError
-from launches import SCRIPTS, environment, fill_the_disk, fork_script, limit_file_size
+from launches import SCRIPTS, environment, fill_the_disk, fork_script
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -39,16 +38,14 @@ def tiny(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def logits(tiny, data):
-    """The model's logits and the labels of the test images, computed without the bundle."""
-    model = timm.models.vision_transformer.VisionTransformer(
-        img_size=48, embed_dim=192, depth=12, num_heads=3, num_classes=37, qkv_bias=True)
-    model.load_state_dict(saved(tiny / "best_checkpoint.pth")["model"])
-    args = Namespace(data_set="pets", data_path=data / "pets", input_size=48)
-    dataset, _ = published.build_dataset(False, args)
-    images, labels = zip(*(dataset[index] for index in range(len(dataset))))
+def probabilities(tiny, data):
+    """(images, classes), of the test images in their order; computed without the bundle."""
+    model = vit_of(saved(tiny / "best_checkpoint.pth")["model"], 48, heads=3)
+    dataset, _ = published.build_dataset(False, Namespace(
+        data_set="pets", data_path=data / "pets", input_size=48))
     with torch.no_grad():
-        return model.eval()(torch.stack(images)).numpy().astype(float), numpy.array(labels)
+        images = torch.stack([dataset[index][0] for index in range(len(dataset))])
+        return model(images).softmax(dim=1).numpy()
 
 
 def python(script, *arguments, **options):
@@ -63,59 +60,47 @@ def rows_of(text):
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2,
                                        pytest.param(3, marks=pytest.mark.slow)])
-def test_eval_says_and_writes_what_it_found(processes, tiny, data, logits, tmp_path):
+def test_eval_says_and_writes_what_it_found(processes, tiny, data, probabilities, tmp_path):
     """It takes model, input size and data set from the checkpoint; the recipe may be any."""
     done = train("cifar10", "--eval", "--resume", tiny / "best_checkpoint.pth", "--data-path",
                  data / "pets", "--predictions", tmp_path / "a" / "b.csv", "--batch-size", "4",
                  processes=processes, small=False)
-    row = log_of(tiny)[0]
-    assert done.stdout.count(": test accuracy") == 1
+    stats = log_of(tiny)[0]
+    assert done.stdout.count(": test accuracy") == done.stdout.count("worst classes: ") == 1
     for name in ("test accuracy {test_acc1:.2f} %", "top-5 {test_acc5:.2f} %",
                  "mean per class {test_acc_per_class:.2f} %", "loss {test_loss:.4f} on 21 images"):
-        assert name.format(**row) in done.stdout
-    scores, labels = logits
+        assert name.format(**stats) in done.stdout
     rows = rows_of((tmp_path / "a" / "b.csv").read_text())
     names = [line.split()[0] for line in
              (data / "pets" / "annotations" / "test.txt").read_text().splitlines()]
     assert [row["image"] for row in rows] == [f"images/{name}.jpg" for name in names]
-    assert [its["label"] for its in rows] == [name.rpartition("_")[0] for name in names]
+    assert [row["label"] for row in rows] == [name.rpartition("_")[0] for name in names]
     classes = saved(tiny / "best_checkpoint.pth")["classes"]
-    assert [row["predicted"] for row in rows] == [classes[i] for i in scores.argmax(axis=1)]
-    probabilities = torch.from_numpy(scores).softmax(dim=1)
-    assert [float(row["probability"]) for row in rows] == pytest.approx(
-        probabilities.max(dim=1).values.tolist(), abs=2e-6)
-    assert [float(row["label_probability"]) for row in rows] == pytest.approx(
-        probabilities[range(len(labels)), labels].tolist(), abs=2e-6)
+    for row, of_image in zip(rows, probabilities):
+        assert row["predicted"] == classes[of_image.argmax()]
+        assert float(row["probability"]) == pytest.approx(of_image.max(), abs=2e-6)
+        assert float(row["label_probability"]) == pytest.approx(
+            of_image[classes.index(row["label"])], abs=2e-6)
     of_run = rows_of((tiny / "predictions.csv").read_text())  # of its last evaluation
     for name in ("image", "label", "predicted"):
         assert [row[name] for row in of_run] == [row[name] for row in rows]
     right = [row["predicted"] == row["label"] for row in rows]
-    assert row["test_acc1"] == pytest.approx(100 * numpy.mean(right))
-    assert 0 < row["test_acc1"] < row["test_acc5"]
-    worst = done.stdout.partition("worst classes: ")[2].splitlines()[0].split(", ")
-    lowest = sorted(numpy.mean(right[start:start + 3]) for start in range(0, 21, 3))[:5]
-    assert [float(re.search(r"([\d.]+) % of 3", text)[1]) for text in worst] == pytest.approx(
-        [100 * share for share in lowest if share < 1], abs=0.01)
+    assert stats["test_acc1"] == pytest.approx(100 * numpy.mean(right))
+    assert 0 < stats["test_acc1"] < stats["test_acc5"]
 
 
-def test_predictions_replace_nothing_but_predictions(finished, data, refusal, tmp_path):
-    checkpoint, link, notes, pipe, own = (
-        tmp_path / name for name in ("a.pth", "link.csv", "notes.csv", "pipe", "own.csv"))
+def test_predictions_replace_nothing_but_predictions(tiny, data, refusal, tmp_path):
+    checkpoint, notes, own = (tmp_path / name for name in ("a.pth", "notes.csv", "own.csv"))
     checkpoint.write_bytes(b"PK")
-    link.symlink_to(checkpoint)
     notes.write_text("image,my label\n")
-    os.mkfifo(str(pipe))
-    own.write_text("image,label,predicted,probability\n")
-    (tmp_path / "empty").touch()
-    for path, says in ((checkpoint, "same file as --resume"), (link, "same file"), (pipe, "pipe"),
-                       (notes, "not what --predictions writes"), (tmp_path, "folder"),
-                       (own / "a.csv", str(own)), ("/dev/full", "device")):
-        with pytest.raises(UserError, match=says) as error:
+    own.write_text("image,label,predicted,probability\n")  # of an earlier version
+    for path, says in ((checkpoint, "same file as --resume"),
+                       (notes, "not what --predictions writes")):
+        with pytest.raises(UserError, match=f"{path}.* {says}"):
             evaluation.check_predictions(str(path), str(checkpoint))
-        assert str(path) in str(error.value)
-    for path in (own, tmp_path / "empty", tmp_path / "new" / "folder" / "a.csv"):
+    for path in (own, tmp_path / "new" / "folder" / "a.csv"):
         evaluation.check_predictions(str(path), str(checkpoint))
-    evaluate = ["--eval", "--resume", finished / "best_checkpoint.pth", "--data-path",
+    evaluate = ["--eval", "--resume", tiny / "best_checkpoint.pth", "--data-path",
                 data / "pets", "--predictions", tmp_path]
     assert f"{tmp_path}: it is a folder" in refusal("pets", *evaluate, small=False)
 
@@ -130,13 +115,11 @@ def test_predict_labels_new_images(tiny, data, tmp_path):
     shutil.copy(images[0], photos / ".hidden.jpg")
     (photos / "broken.jpg").write_bytes(images[0].read_bytes()[:200])
     (photos / "iphone.HEIC").write_bytes(b"none")  # a photo, unlike the next
-    (photos / "notes.txt").write_text("none")
     os.mkfifo(str(photos / "pipe.jpg"))
     done = python("predict.py", "--resume", path, photos, "--batch-size", "3")
     assert done.returncode == 1 and str(photos / "broken.jpg") in done.stderr, done.stderr
     assert f"{photos / 'iphone.HEIC'} is not readable" in done.stderr
-    assert ".txt" in done.stderr and "1 not a regular file" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "1 not a regular file" in done.stderr and "Traceback" not in done.stderr
     expected = {row["image"]: row for row in rows_of((tiny / "predictions.csv").read_text())}
     rows = rows_of(done.stdout)
     assert [row["image"] for row in rows] == [str(photos / "deep" / image.name)
@@ -145,32 +128,26 @@ def test_predict_labels_new_images(tiny, data, tmp_path):
         for name in ("predicted", "probability"):
             assert row[name] == expected[f"images/{image.name}"][name]
     (tmp_path / "empty").mkdir()
-    for wrong, says in ((["/nowhere"], "/nowhere"), ([tmp_path / "empty"], "no images"),
-                        ([photos, "--top", "0"], "--top 0"), ([photos / "pipe.jpg"], "pipe"),
+    for wrong, says in (([tmp_path / "empty"], "no images"), ([photos / "pipe.jpg"], "pipe"),
                         ([photos, "--resume", tiny / "converted.pth"], "best_checkpoint.pth")):
-        failed = python("predict.py", "--resume", path, *wrong)
-        assert failed.returncode == 2 and says in failed.stderr.splitlines()[-1]
+        assert says in error_of(python("predict.py", "--resume", path, *wrong))
 
 
 @pytest.mark.skipif(not TIMM_LOADS_FOLDERS, reason="timm before 1.0.16")
 def test_an_export_replaces_nothing_but_an_export(tiny, tmp_path):
     flags, out = ["--resume", tiny / "best_checkpoint.pth", "--output"], tmp_path / "new" / "out"
-    for fails in (limit_file_size, fill_the_disk):
-        line = error_of(python("export.py", *flags, out, before=fails), status=1)
-        assert "model.safetensors" in line and not (tmp_path / "new").exists()
+    line = error_of(python("export.py", *flags, out, before=fill_the_disk), status=1)
+    assert "model.safetensors" in line and not (tmp_path / "new").exists()
     for _ in range(2):
         assert python("export.py", *flags, out).returncode == 0
     assert {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()} == dict.fromkeys(
         ("config.json", "model.safetensors"), 0o666 & ~UMASK)
     (out / "config.json").write_text('{"architecture": "resnet50"}')
     before = (out / "model.safetensors").read_bytes()
-    for left in (2, 1):
-        line = error_of(python("export.py", *flags, out))
-        assert "not belong to an export" in line and len(list(out.iterdir())) == left
-        assert (out / "model.safetensors").read_bytes() == before
-        (out / "config.json").unlink(missing_ok=True)
-    os.mkfifo(str(out / "config.json"))
-    assert "config.json" in error_of(python("export.py", *flags, out))
+    assert "not belong to an export" in error_of(python("export.py", *flags, out))
+    (out / "config.json").unlink()
+    assert "not belong to an export" in error_of(python("export.py", *flags, out))
+    assert (out / "model.safetensors").read_bytes() == before and len(list(out.iterdir())) == 1
 
 
 def test_a_vit_small_on_a_transparent_photo(tmp_path):
@@ -182,15 +159,12 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
         model="moco_v3_vit_small_patch16_224", data_set="folder")
     pixels = rng.randint(0, 256, (30, 40, 4)).astype("uint8")
     Image.fromarray(pixels, "RGBA").resize((400, 300)).save(photo)
-    model = timm.models.vision_transformer.VisionTransformer(
-        img_size=192, embed_dim=384, depth=12, num_heads=12, num_classes=3, qkv_bias=True)
-    model.load_state_dict(state)
     white = Image.new("RGBA", (400, 300), "white")
     white.alpha_composite(Image.open(photo))
-    args = Namespace(data_set="pets", input_size=192)
-    image = published.transform_of(False, args)(white.convert("RGB"))
+    transform = published.transform_of(False, Namespace(data_set="pets", input_size=192))
     with torch.no_grad():
-        expected = model.eval()(image[None]).softmax(dim=1)[0]
+        image = transform(white.convert("RGB"))
+        expected = vit_of(state, 192, heads=12)(image[None]).softmax(dim=1)[0]
     rows = rows_of(python("predict.py", "--resume", path, photo, "--top", "3").stdout)
     probabilities = [float(row["probability"]) for row in rows]
     assert probabilities == pytest.approx(sorted(expected.tolist(), reverse=True), abs=2e-6)
@@ -211,29 +185,30 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
 def test_hold_out_takes_a_share_of_each_class(share, held_out):
     images = Namespace(targets=[number % 7 for number in range(49)], classes=list("abcdefg"),
                        samples=list(range(49)), transform="augment")
-    parts = [run_data.split(images, share, "evaluate") for _ in range(2)]
-    (kept, out), again = parts
-    assert (kept.indices, out.indices) == (again[0].indices, again[1].indices)
-    assert (kept.samples, out.samples) == (kept.indices, out.indices)
-    with pytest.raises(UserError, match="samples"):
-        run_data.split(Namespace(targets=[0, 0], classes=["a"], transform=None), share, None)
+    kept, out = run_data.split(images, share, "evaluate")
+    again, _ = run_data.split(images, share, "evaluate")
+    assert kept.indices == again.indices
     assert sorted(kept.indices + out.indices) == list(range(49)) and len(out.indices) == held_out
     for part in (kept, out):
-        assert numpy.ptp(numpy.bincount(part.targets)) == 0 and set(part.targets) == set(range(7))
+        assert part.samples == part.indices
         assert part.targets == [index % 7 for index in part.indices]
+        assert numpy.ptp(numpy.bincount(part.targets)) == 0 and set(part.targets) == set(range(7))
     kept.transform = "other"  # as DeiT HEAD does
     assert out.transform == "evaluate"
+
+
+def test_hold_out_needs_two_images_of_a_class():
     with pytest.raises(UserError, match="class h has only one"):
-        run_data.split(Namespace(targets=[0, 0, 1], classes=["g", "h"], samples=[]), share, None)
+        run_data.split(Namespace(targets=[0, 0, 1], classes=["g", "h"], samples=[]), 0.2, None)
 
 
 def test_hold_out_of_many_classes_takes_no_time():
     """To read all labels for each class took a minute with 4000 classes and 200,000 images."""
-    images = Namespace(targets=[*range(2000)] * 50, classes=[*map(str, range(2000))],
-                       samples=list(range(100000)), transform=None)
+    images = Namespace(targets=[*range(2000)] * 50, classes=[*range(2000)],
+                       samples=[*range(100000)], transform=None)
     began = time.process_time()
-    kept, _ = run_data.split(images, 0.2, None)
-    assert len(kept.samples) == 80000 and time.process_time() - began < 4
+    run_data.split(images, 0.2, None)
+    assert time.process_time() - began < 4
 
 
 def test_a_held_out_run_never_looks_at_test_images(data, flags, refusal, tmp_path):
