@@ -61,10 +61,9 @@ def test_neighbours_vote_by_their_similarity():
             nearest = numpy.argsort(-similarity)[:int(k)]
             votes = numpy.exp(similarity[nearest] / 0.07)
             predicted.append(numpy.bincount(train.labels[nearest], votes, minlength=5).argmax())
-        hits = numpy.array(predicted) == labels
-        assert found["acc1"] == pytest.approx(100 * hits.mean())
+        hits = 100 * (numpy.array(predicted) == labels)
         per_class = [hits[labels == label].mean() for label in range(5)]
-        assert found["acc_per_class"] == pytest.approx(100 * numpy.mean(per_class))
+        assert found == pytest.approx({"acc1": hits.mean(), "acc_per_class": numpy.mean(per_class)})
 
 
 def test_a_fit_has_the_lowest_loss():
@@ -102,7 +101,7 @@ def test_features_of_held_out_images_and_what_comes_of_them(data, tmp_path):
     found = json.loads((tmp_path / "new" / "a.json").read_text())
     arrays = numpy.load(str(tmp_path / "a.npz"))
     assert (found["train_images"], found["test_images"], found["features"]) == (215, 55, 192)
-    assert found["weights"]["path"] == str(path) and "torch" in found["versions"]
+    assert found["weights"]["path"] == str(path)
     model, splits = vit_of(state, 48, heads=3), []
     transform = published.transform_of(False, Namespace(data_set="imagenet", input_size=48))
     for part in ("train", "test"):
@@ -114,13 +113,12 @@ def test_features_of_held_out_images_and_what_comes_of_them(data, tmp_path):
         splits.append(Split(torch.from_numpy(x), torch.from_numpy(labels), names))
     train, test = splits
     assert found["knn"] == dict(nearest_neighbours(train, test, 5))
-    assert sorted(found["knn"], key=int) == ["10", "20", "100", "200"]
     assert f"kNN, k = 10: {found['knn']['10']['acc1']:.2f} %" in done.stdout
+    assert "on 45 of the train images" in done.stdout  # the weight decay was chosen
     logistic = found["logistic"]
     weights, biases = forked(fitted, train, logistic["weight_decay"])
     hits = (test.features.numpy() @ weights.T + biases).argmax(axis=1) == test.labels.numpy()
     assert logistic["acc1"] == pytest.approx(100 * hits.mean(), abs=2)
-    assert 0 <= logistic["held_out_acc1"] <= 100 and 1e-6 <= logistic["weight_decay"] <= 1e5
 
 
 def test_the_weight_decay_is_chosen_on_flowers_official_val_set(data):
@@ -164,12 +162,11 @@ def test_a_kept_classifier_predicts_what_timm_s_model_predicts(data, tmp_path, c
     with torch.no_grad():
         probabilities = vit_of(state, 224, heads=2 if WIDTH == 64 else 3)(
             torch.stack([image for image, _ in images])).softmax(dim=1)
-    with open(table) as file:
-        rows = list(csv.DictReader(file))
-    best = probabilities.max(dim=1)
-    assert [row["predicted"] for row in rows] == [images.classes[i] for i in best.indices]
-    assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(),
-                                                                        abs=1e-5)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["predicted"] for row in rows] == [
+        images.classes[label] for label in probabilities.argmax(dim=1)]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(
+        probabilities.max(dim=1).values.tolist(), abs=1e-5)
     refused = fork("imagenet", *flags, "--output_dir", tmp_path / "run")
     assert "--keep-head" in error_of(refused) and not (tmp_path / "run").exists()
 
