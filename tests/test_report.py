@@ -167,7 +167,10 @@ def test_the_curve_of_seeds_is_their_mean(tmp_path):
 
 
 def test_one_picture_of_all_runs(tmp_path):
-    """Also of more than ten, with odd names; and of one that was not evaluated, from Jupyter."""
+    """Of more than ten, with odd names; and of one without evaluation, under a foreign MPLBACKEND.
+
+    Jupyter sets that variable.
+    """
     pytest.importorskip("matplotlib.figure")
     make_run(tmp_path / "out" / "going", epoch_line(0, 10.0), data_set="flowers")
     make_run(tmp_path / "out" / "$x_$", "")
@@ -179,7 +182,7 @@ def test_one_picture_of_all_runs(tmp_path):
     make_run(tmp_path / "alone", epoch_line(0))
     shown = subprocess.run([sys.executable, SCRIPTS / "report.py", "alone"], cwd=tmp_path,
                            stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "MPLBACKEND": "module://nowhere"}).stdout
+                           env={**os.environ, "MPLBACKEND": "no_such_backend"}).stdout
     assert "picture: alone/report.png" in shown
     with Image.open(str(tmp_path / "alone" / "report.png")) as image:
         image.load()
