@@ -1,7 +1,7 @@
 """What only GPUs show, by tests/gpu on all of them; here on the CPU, with two processes, in small.
 
-How signals end a launch, or one rank, is in test_crash.py, which tests/gpu also runs.
-Two runs on a GPU are not equal bit for bit, so losses are compared within the noise of three.
+How signals end a launch, or one rank, is in test_crash.py and test_errors.py, which tests/gpu also
+runs. Two runs on a GPU are not equal bit for bit, so losses are compared within the noise of three.
 """
 import csv
 import itertools
