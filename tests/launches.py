@@ -1,4 +1,4 @@
-"""Launches of a recipe: as users do it, or forked to save time. Those to kill are in underway.py.
+"""Launches of a recipe, forked to save time. Those as users start them are in underway.py.
 
 A forked launch imports nothing anew: finetune.py is forked from pytest, the workers from it.
 
@@ -29,10 +29,9 @@ DEIT = Path(REAL_DEIT or TESTS / "mini_deit").resolve()
 # tests/gpu sets these: the number of GPUs, which launches then use, and more flags of theirs.
 GPUS, ON_GPUS = int(os.environ.get("GPUS", 0)), os.environ.get("ON_GPUS", "--device cpu").split()
 PAIR = 1 if GPUS == 1 else 2  # processes
-# Width, depth and name of a model that trains in seconds, and of another one.
-MODEL, WIDTH, DEPTH, OTHER_MODEL = (
-    ("deit_tiny_patch16_224", 192, 12, "deit_small_patch16_224") if REAL_DEIT
-    else ("deit_micro_patch16_224", 64, 2, "deit_tiny_patch16_224"))
+# A model that trains in seconds.
+MODEL, WIDTH, DEPTH = (("deit_tiny_patch16_224", 192, 12) if REAL_DEIT
+                       else ("deit_micro_patch16_224", 64, 2))
 
 
 def environment(processes=1, era=None, **variables):
@@ -62,14 +61,15 @@ def as_published(words, processes):
     return [*torch_runs[:-2], str(TESTS / "published.py"), *main_gets[1:]]
 
 
-def launch(recipe, *flags, scripts=SCRIPTS, **variables):
-    """Launch a recipe as users do; return the completed process with its output as text."""
-    return subprocess.run(command(recipe, *flags, scripts=scripts), capture_output=True, text=True,
-                          timeout=300, env=environment(**variables))
+def run_code(code, *words, **options):
+    """Run code that imports deit_plugin in a new Python, which other words may start."""
+    return subprocess.run([*words, sys.executable, "-c", code], text=True, timeout=60, **options,
+                          env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
 
 
 def fork(recipe, *flags, **options):
-    """What ``launch`` does, forked. For the options see ``start_fork``."""
+    """Launch a recipe; the completed process with its output. For the options see ``start_fork``.
+    """
     return start_fork(recipe, *flags, **options)()
 
 

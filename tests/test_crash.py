@@ -1,6 +1,6 @@
 """Runs that are killed or fail, and what the next launch makes of the folder they leave.
 
-That a killed run continues as if it had never stopped is in test_journey.py, for all recipes.
+test_resume.py compares a run that was killed once with one that never stopped.
 """
 import contextlib
 import os
@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -23,12 +22,12 @@ from deit_plugin import launcher
 from launches import (
     FORK,
     PAIR,
-    SCRIPTS,
     after_saving,
     fill_the_disk,
     fork,
     kill_itself,
     limit_file_size,
+    run_code,
 )
 from underway import (
     end_of,
@@ -69,10 +68,9 @@ def test_ctrl_c_tells_not_to_overwrite_again(capsys):
 def test_after_ctrl_c_at_a_terminal_a_launch_dies_of_the_signal():
     """A shell goes on with a loop whose command has only exited."""
     ends = os.openpty()
-    words = [sys.executable, "-c", "import deit_plugin.errors as errors; errors.end(130)"]
+    code = "from deit_plugin import errors; errors.end(130)"
     for stdin, status in ((ends[1], -signal.SIGINT), (subprocess.DEVNULL, 130)):
-        done = subprocess.run(words, stdin=stdin, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
-        assert done.returncode == status
+        assert run_code(code, stdin=stdin).returncode == status
 
 
 def test_ctrl_c_while_a_launch_decides(flags, tmp_path):
@@ -85,18 +83,17 @@ def test_ctrl_c_while_a_launch_decides(flags, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def be_killed_with_a_temporary_folder():
-    with launcher.temporary_folder():
-        kill_itself()
-
-
 def test_temporary_folders_of_killed_launches_are_removed(monkeypatch):
     """And none that is in use, or not ours."""
+    def be_killed():
+        with launcher.temporary_folder():
+            kill_itself()
+
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         monkeypatch.setenv("TMPDIR", folder)
         os.mkdir(f"{folder}/finetune-results")  # somebody's
-        killed = FORK.Process(target=be_killed_with_a_temporary_folder)
+        killed = FORK.Process(target=be_killed)
         killed.start()
         killed.join()
         assert len(os.listdir(folder)) == 2
@@ -213,8 +210,7 @@ def test_no_traceback_of_a_data_worker_whose_run_was_killed():
             resource_sharer.stop(timeout=10)
 
         guard(run)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    done = run_code(code, capture_output=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -18,7 +18,7 @@ import generate
 from conftest import copy_bundle, copy_deit, error_of, log_of, train
 from deit_plugin import errors, flags, job, weights
 from deit_plugin.data import Data
-from launches import PAIR, SCRIPTS, fork, launch
+from launches import PAIR, SCRIPTS, command, environment, fork
 from underway import end_of, processes_of, running, wait_for, wait_for_epochs
 
 YOURS = ["--data-path", "pets", "--output_dir", "out"]
@@ -264,7 +264,8 @@ def test_help_without_exec_bits_or_a_deit_and_with_another_shell(tmp_path):
     scripts = shutil.copytree(SCRIPTS, tmp_path / "scripts")
     for path in scripts.glob("*.sh"):
         path.chmod(0o644)
-    done = launch("pets", "--help", scripts=scripts, DEIT_DIR=None, PYTHON=None)
+    done = subprocess.run(command("pets", "--help", scripts=scripts), capture_output=True,
+                          text=True, env=environment(DEIT_DIR=None, PYTHON=None))
     for word in ("DEIT_DIR", "NPROC_PER_NODE", "--dry-run", "--resume", "--accum-iter"):
         assert word in done.stdout
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 import generate
 from conftest import error_of, log_of, train
 from deit_plugin import launcher
-from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script
+from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script, run_code
 
 
 def start_processes_anew():
@@ -78,16 +77,10 @@ def test_an_epoch_that_cannot_be_printed_is_saved(flags, tmp_path):
     assert "epoch 2 of 2 comes next" in train("pets", *flags).stdout
 
 
-def python(program, *words, **options):
-    """Run a program that uses deit_plugin, perhaps by other words."""
-    return subprocess.run([*words, sys.executable, "-c", program], text=True, timeout=60, **options,
-                          env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
-
-
 def test_where_nobody_reads_any_more_a_run_goes_on():
     """Without nohup's file when the terminal is closed, and with >&- 2>&-. For a pipe see
     test_errors.py, odd surroundings."""
-    program = """if True:
+    code = """if True:
         import os, sys
         from deit_plugin import errors
         terminal, own = os.openpty()
@@ -100,9 +93,9 @@ def test_where_nobody_reads_any_more_a_run_goes_on():
             raise SystemExit(3)
 
         errors.guard(main)"""
-    assert python(program).returncode == 3
-    program = "from deit_plugin import errors; errors.guard(lambda: print('not read', flush=True))"
-    assert python(program, "bash", "-c", 'exec "$@" >&- 2>&-', "bash").returncode == 0
+    assert run_code(code).returncode == 3
+    code = "from deit_plugin import errors; errors.guard(lambda: print('not read', flush=True))"
+    assert run_code(code, "bash", "-c", 'exec "$@" >&- 2>&-', "bash").returncode == 0
 
 
 @pytest.mark.parametrize("visible, own", [
@@ -118,7 +111,7 @@ def test_a_launch_of_two_processes_sees_two_gpus_of_those_that_are_visible(
 
 def fail_with(text, patience, folder):
     """A worker of a launch in ``folder`` that raises RuntimeError."""
-    return python(f"""if True:
+    return run_code(f"""if True:
         import os, sys, types
         from deit_plugin import errors
         errors.PATIENCE = {patience}

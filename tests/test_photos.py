@@ -20,7 +20,7 @@ import generate
 from conftest import saved, train
 from deit_plugin import evaluation, job, narrator, provenance, weights
 from deit_plugin.data import Data
-from launches import ROOT, SCRIPTS, environment, fork_script
+from launches import ROOT, SCRIPTS, environment, fork_script, run_code
 
 RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
 
@@ -175,10 +175,8 @@ def test_odd_names_are_written_in_one_way_that_reads_back(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == ["n\\udcff.png", *names[1:]]
     assert {row["predicted"] for row in rows} == {"a,b"}
-    code = (f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); from deit_plugin import errors\n"
-            f"errors.guard(lambda: print({names[0]!r}))")
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert done.stdout == b"n\\udcff.png\n"
+    code = f"from deit_plugin import errors; errors.guard(lambda: print({names[0]!r}))"
+    assert run_code(code, stdout=subprocess.PIPE).stdout == "n\\udcff.png\n"
 
 
 def test_a_model_of_prepared_images_sees_photos_upright(tmp_path):
