@@ -46,10 +46,10 @@ IS_HEAD = (DEIT / "augment.py").exists()
 TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
 
 
-def cells(*fast):
+def cells(*fast, recipes=tuple(TRAIN_IMAGES)):
     """Parameters: each recipe in each DeiT. If there are many, all but the ``fast`` are slow."""
     return [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in fast
-                         else pytest.mark.slow) for era in ERAS for recipe in TRAIN_IMAGES]
+                         else pytest.mark.slow) for era in ERAS for recipe in recipes]
 
 
 def pytest_addoption(parser):
@@ -194,8 +194,8 @@ def assert_rates(folder, epochs, warmup, peak):
     assert rates_of(folder) == pytest.approx(expected, rel=1e-9)
 
 
-def saved(path):
-    return convert_to_deit.load(str(path))
+def saved(path, **options):
+    return convert_to_deit.load(str(path), **options)
 
 
 def vit_of(state, size, heads):

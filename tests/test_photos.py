@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 import datasets
 import generate
 from conftest import saved, train
-from deit_plugin import evaluation, job, narrator, provenance, weights
+from deit_plugin import evaluation, job, narrator, weights
 from deit_plugin.data import Data
 from launches import ROOT, SCRIPTS, environment, fork_script, run_code
 
@@ -215,9 +215,3 @@ def test_flowers_with_and_without_random_erasing_is_the_recipe(reprob, more, dat
     found = decide("flowers", *flags, "--data-path", data / "flowers", "--reprob", reprob)
     said = narrator.describe(found.decided, found.data)
     assert not any("--reprob" in text for text in found.decided.differs) and more in said
-
-
-def test_what_ran_is_known_without_git():
-    facts = provenance.of_launch("scripts/pets.sh")
-    assert any(package.startswith("torch==") for package in facts["packages"])
-    assert {"CUDA", "cuDNN", "timm"} <= facts["versions"].keys()

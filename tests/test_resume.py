@@ -6,18 +6,8 @@ import shutil
 import pytest
 import torch
 
-import generate
 from conftest import ERAS, assert_rates, log_of, results_of, rewrite, saved, train
 from launches import after_saving, fork, kill_itself
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """300 train images: enough for --repeated-aug, which counts in groups of 256."""
-    folder = tmp_path_factory.mktemp("many")
-    generate.images(folder, train=300)
-    return folder
-
 
 AUGMENTED = ["--reprob", "0.5", "--drop-path", "0.3", "--mixup", "0.8", "--cutmix", "1",
              "--warmup-epochs", "0", "--model-ema-decay", "0.9", "--epochs", "3"]
@@ -39,10 +29,11 @@ def assert_identical(run, other):
 @pytest.mark.parametrize("era, processes, workers, more", [
     (ERAS[-1], 1, "2", ["--accum-iter", "2", "--repeated-aug"]), (ERAS[0], 2, "0", []),
     *[pytest.param(era, 2, "2", [], marks=pytest.mark.slow) for era in ERAS]])
-def test_a_killed_run_ends_as_one_that_never_stopped(era, processes, workers, more, many, data,
+def test_a_killed_run_ends_as_one_that_never_stopped(era, processes, workers, more, data,
                                                      flags, tmp_path):
     """Also if it had logged an epoch without saving it. Another seed ends otherwise."""
-    folder = many if "--repeated-aug" in more else data / "folder"
+    # --repeated-aug counts in groups of 256 images.
+    folder = data / ("imagenet" if "--repeated-aug" in more else "folder")
     flags = [*flags, *AUGMENTED, *more, "--data-set", "folder", "--data-path", folder,
              "--num_workers", workers]
     options = {"processes": processes, "era": era}

@@ -9,16 +9,14 @@ import time
 import pytest
 import torch
 
-from conftest import ERAS, cells, error_of, log_of, saved, train
+from conftest import TRAIN_IMAGES, cells, error_of, log_of, saved, train
 from deit_plugin.data import evaluated_on
 from launches import TESTS, fork
 
-OF_IMAGENET = [pytest.param("imagenet", era, marks=[] if len(ERAS) == 1 or era == "2021"
-                            else pytest.mark.slow) for era in ERAS]
 
-
-@pytest.mark.parametrize("recipe, era", [
-    *cells(("cifar10", "2020"), ("pets", "head")), *OF_IMAGENET])
+@pytest.mark.parametrize("recipe, era", cells(
+    ("cifar10", "2020"), ("imagenet", "2021"), ("pets", "head"),
+    recipes=[*TRAIN_IMAGES, "imagenet"]))
 def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, flags, tmp_path):
     """At the peak learning rate, so that optimizer and weight decay matter."""
     # The published flowers modules ignore --reprob; at 0 both ways are the same.
@@ -33,12 +31,9 @@ def test_first_epoch_is_that_of_the_published_modules(recipe, era, data, flags, 
     ours, theirs = log_of(tmp_path / "run")[0], log_of(tmp_path / "published")[0]
     assert ours["train_loss"] == theirs["train_loss"]
     assert ours["train_lr"] == theirs["train_lr"] == pytest.approx(0.01 * 16 / 512)
-    weights = [torch.load(tmp_path / name / "checkpoint.pth", **TRUSTED)["model"]
+    weights = [saved(tmp_path / name / "checkpoint.pth", trust=True)["model"]
                for name in ("run", "published")]
     assert all(torch.equal(*tensors) for tensors in zip(*(each.values() for each in weights)))
-
-
-TRUSTED = {"weights_only": False} if hasattr(torch.serialization, "add_safe_globals") else {}
 
 
 def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
@@ -68,6 +63,8 @@ def test_what_a_run_says_and_writes(flags, checkpoint, tmp_path):
         assert differs in facts["differs"] and differs in said
     assert not any("--lr" in text or "--drop-path" in text for text in facts["differs"])
     assert launch["versions"]["torch"] == torch.__version__ and launch["processes"] == 2
+    assert {"timm", "CUDA", "cuDNN"} <= set(launch["versions"])
+    assert any(package.startswith("torch==") for package in launch["packages"])
     assert launch["started"] <= launch["ended"] and str(checkpoint) in launch["command"]
     assert facts["origin"]["path"] == str(checkpoint) and len(launch["machines"]) == 1
     assert set(launch["bundle"]) == {"folder", "commit", "modified", "crc32"}
