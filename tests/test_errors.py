@@ -1,6 +1,7 @@
 """What a user does wrong ends in one line that names it; and what works though it looks odd."""
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -135,6 +136,13 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(wrong, says, refu
 def test_a_module_of_deit_s_that_was_imported_from_elsewhere(refusal, flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "engine", mock.Mock(__file__="/elsewhere/engine.py"))
     assert "engine was imported from /elsewhere/engine.py" in refusal("pets", *flags)
+
+
+def test_another_module_named_datasets_that_was_imported_before_is_named(monkeypatch):
+    """As Hugging Face's in a notebook."""
+    monkeypatch.setitem(sys.modules, "datasets", mock.Mock(__file__="/site/datasets/__init__.py"))
+    with pytest.raises(ImportError, match="/site/datasets/__init__.py: start a new Python"):
+        runpy.run_path(str(SCRIPTS / "deit_plugin" / "__init__.py"))
 
 
 def test_copied_into_a_checkout(flags, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import datasets
 from conftest import error_of, log_of, rewrite, saved, train
-from deit_plugin import weights
+from deit_plugin import narrator, weights
 from deit_plugin.data import checksum
 from deit_plugin.job import Job, Start, for_deit
 from launches import after_saving, fork, kill_itself
@@ -55,6 +55,13 @@ def test_the_rate_that_deit_scales_counts_accumulated_batches(unscale, rate):
     decided = job()
     decided.args.accum_iter, decided.args.lr, decided.args.unscale_lr = 4, 0.3, unscale
     assert for_deit(decided).lr == pytest.approx(rate) and decided.args.lr == 0.3
+
+
+@pytest.mark.parametrize("reprob, more", [("0.25", "random erasing acts here"), ("0", "")])
+def test_flowers_with_and_without_random_erasing_is_the_recipe(reprob, more, data, flags, decide):
+    found = decide("flowers", *flags, "--data-path", data / "flowers", "--reprob", reprob)
+    said = narrator.describe(found.decided, found.data)
+    assert not any("--reprob" in text for text in found.decided.differs) and more in said
 
 
 def test_a_checkpoint_that_is_replaced_while_workers_start_is_refused(tmp_path):

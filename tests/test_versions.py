@@ -1,4 +1,4 @@
-"""Each patch is needed where its docstring says, and only there."""
+"""Each patch is needed where its docstring says, and only there; and what else stacks can break."""
 import re
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from conftest import IS_HEAD
-from launches import SCRIPTS, fork
+from launches import ROOT, SCRIPTS, environment, fork, fork_script
 
 TIMM, PILLOW = (tuple(map(int, re.findall(r"\d+", module.__version__)[:3]))
                 for module in (timm, PIL))
@@ -42,6 +42,13 @@ def test_patch_is_needed_where_it_says_and_only_there(name, needed, shows, data,
                 before=leave_out)
     noted = shows in done.stderr
     assert noted if needed else done.returncode == 0 and not noted, done.stderr
+
+
+@pytest.mark.parametrize("script", ["convert_to_deit.py", *(f"scripts/{name}.py" for name in (
+    "predict", "export", "features", "report"))])
+def test_every_script_has_a_help(script):
+    done = fork_script(ROOT / script, "--help", variables=environment())
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
 
 
 OTHERS_WAIT = """
