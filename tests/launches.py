@@ -68,8 +68,7 @@ def run_code(code, *words, **options):
 
 
 def fork(recipe, *flags, **options):
-    """Launch a recipe; the completed process with its output. For the options see ``start_fork``.
-    """
+    """Launch a recipe; return the completed process. For the options see ``start_fork``."""
     return start_fork(recipe, *flags, **options)()
 
 

@@ -17,23 +17,25 @@ from timm.models.vision_transformer import VisionTransformer
 import arguments as mini_deit
 import generate
 from conftest import copy_bundle, copy_deit, error_of, log_of, train
-from deit_plugin import errors, flags, job, weights
+from deit_plugin import errors, job, weights
 from deit_plugin.data import Data
+from deit_plugin.flags import complete, parse, parser_for, problems, without_effect
 from launches import PAIR, SCRIPTS, command, environment, fork
 from underway import end_of, processes_of, running, wait_for, wait_for_epochs
 
-YOURS = ["--data-path", "pets", "--output_dir", "out"]
-OF_RECIPE = "--data-set pets --reprob 0 --mixup 0.8 --cutmix 0 --aa of-the-recipe --your-flags"
+# As a recipe passes it: what stands before --your-flags is the recipe's.
+PETS = ("--data-set pets --reprob 0 --mixup 0.8 --cutmix 0 --aa of-the-recipe --your-flags "
+        "--data-path pets --output_dir out ")
+FLOWERS = ("--data-set flowers --no-repeated-aug --your-flags --data-path flowers "
+           "--output_dir out --resume a.pth ")
+PARSER = parser_for(mini_deit)
 
 
-PARSER = flags.parser_for(mini_deit)
-
-
-def parse(words, processes=1):
-    """args, and what is wrong with them."""
-    given = flags.parse(PARSER, words)
-    given = given._replace(args=flags.complete(given.args, processes))
-    return given, flags.problems(PARSER, given)
+def parsed(words, processes=1):
+    """A flags.Given, and what is wrong with it."""
+    given = parse(PARSER, words.split())
+    given = given._replace(args=complete(given.args, processes))
+    return given, problems(PARSER, given)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -57,17 +59,17 @@ def parse(words, processes=1):
 ])
 def test_a_flag_that_cannot_work_or_has_no_effect_is_refused_in_one_line(words, says):
     try:
-        _, problems = parse([*OF_RECIPE.split(), *YOURS, *words.split()])
+        _, found = parsed(PETS + words)
     except errors.UserError as error:  # argparse's
-        problems = error.args
-    assert [text for text in problems if says in text] and "\n" not in "".join(problems)
+        found = error.args
+    assert [text for text in found if says in text] and "\n" not in "".join(found)
 
 
 @pytest.mark.parametrize("words", [
     "--mixup-mode elem", "--ThreeAugment --src --color-jitter 0.1", "--reprob 0.2 --remode rand"])
 def test_a_flag_of_the_recipe_may_be_without_effect(words):
-    given, problems = parse([*OF_RECIPE.split(), *YOURS, *words.split()])
-    assert not problems and "aa" in flags.without_effect(given.args)
+    given, found = parsed(PETS + words)
+    assert not found and "aa" in without_effect(given.args)
 
 
 class Images(list):
@@ -77,18 +79,14 @@ class Images(list):
     targets = property(lambda self: [0] * len(self))
 
 
-RECIPE = ("--data-set flowers --no-repeated-aug --your-flags --data-path flowers "
-          "--output_dir out --resume a.pth ")
-
-
 @pytest.mark.parametrize("processes, words, steps", [
     (8, "", 1), (1, "--accum-iter 8", 1), (16, "--batch-size 64", 2), (2, "--batch-size 8", 127)])
 def test_equal_settings_mean_equal_steps(processes, words, steps):
     """On the official numbers of images, 2040 and 6149; a step is 1024 images in all but one."""
-    given, problems = parse((RECIPE + words).split(), processes)
+    given, found = parsed(FLOWERS + words, processes)
     settings = job.settings_of(given.args, Data(Images(range(2040)), Images(range(6149))))
     differs = job.differing(settings, job.published_settings(given), "published")
-    assert not problems and settings["steps per epoch"] == steps
+    assert not found and settings["steps per epoch"] == steps
     named = [text for text in differs if "steps per epoch" in text]
     assert named == ([] if steps == 1 else [f"{steps} steps per epoch (published: 1)"])
     assert bool(differs) == (steps > 1)
@@ -176,8 +174,7 @@ def test_a_bug_in_every_process_shows_one_traceback(flags, tmp_path):
 
 
 def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_path):
-    """At first nothing does. With MoCo v3's ViT-Small, saved by torch.compile, and before a GPU is
-    there."""
+    """First of good images, with MoCo v3's ViT-Small, saved by torch.compile, and no GPU yet."""
     own, small = shutil.copytree(data / "folder", tmp_path / "own"), tmp_path / "small.pth"
     state = generate.encoder_state(384, 12)
     torch.save({"model": {f"_orig_mod.{name}": state[name] for name in state}}, small)
@@ -186,7 +183,7 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
                  "--batch-size", "2", "--accum-iter", "2", "--device", "cuda", processes=8,
                  CUDA_VISIBLE_DEVICES="").stdout
     for words in ("not checked: no GPU on this machine; the launch needs 8", str(small),
-                  "on folder: 43 train and 6 test images, 3 classes", "0.0003 x 32 / 512",
+                  "0.0003 x 32 / 512",
                   "32 = 8 processes x 2 images x 2 accumulated", "1 step", "all 49 can be decoded",
                   "class bee has 14 train images, class ant has 15", "duplicates: no image",
                   "ok       evaluation: a data worker hands over a batch"):
@@ -195,7 +192,6 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
     assert not (tmp_path / "run").exists()
     with Image.open(own / "train" / "ant" / "0.png") as image:
         image.save(own / "val" / "bee" / "copy.png", compress_level=1, dpi=(72, 72))
-    (own / "train" / "cow" / "notes.txt").touch()
     (own / "train" / "cow" / "calf").mkdir()
     next((own / "train" / "cow").glob("*.png")).rename(own / "train" / "cow" / "calf" / "a.png")
     for name, scale in (("dark", 1), ("bright", 16)):  # of a camera of 12 bits
@@ -208,7 +204,6 @@ def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_pat
     twins = "val/bee/copy.png = train/ant/0.png"
     assert f"too high: {twins}; 1 image in more than one class: {twins}" in said
     assert "in a class folder belong to that class: cow/calf" in said
-    assert "left out" in said and "1 .txt" in said
     assert "1 image of 16 bits" in said and "dark.png" in said and "bright.png" not in said
 
 
