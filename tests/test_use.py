@@ -1,9 +1,8 @@
-"""What follows training: evaluation, predictions, labels for new images, an export; --hold-out."""
+"""What follows training: evaluation, predictions, labels for new images, an export; a held-out run."""
 import csv
 import json
 import os
 import shutil
-import time
 from argparse import Namespace
 
 import numpy
@@ -16,7 +15,6 @@ from PIL import Image
 import generate
 import published
 from conftest import error_of, log_of, saved, train, vit_of
-from deit_plugin import data as run_data
 from deit_plugin import evaluation
 from deit_plugin.errors import UserError
 from launches import SCRIPTS, environment, fill_the_disk, fork_script
@@ -48,8 +46,8 @@ def probabilities(tiny, data):
         return model(images).softmax(dim=1).numpy()
 
 
-def python(script, *arguments, **options):
-    """Without a DeiT."""
+def without_deit(script, *arguments, **options):
+    """Fork one of the scripts that need none."""
     return fork_script(SCRIPTS / script, *arguments, variables=environment(DEIT_DIR=None),
                        **options)
 
@@ -115,7 +113,7 @@ def test_predict_labels_new_images(tiny, data, tmp_path):
     (photos / "broken.jpg").write_bytes(images[0].read_bytes()[:200])
     (photos / "iphone.HEIC").write_bytes(b"none")  # a photo, unlike the next
     os.mkfifo(str(photos / "pipe.jpg"))
-    done = python("predict.py", "--resume", path, photos, "--batch-size", "3")
+    done = without_deit("predict.py", "--resume", path, photos, "--batch-size", "3")
     assert done.returncode == 1 and str(photos / "broken.jpg") in done.stderr, done.stderr
     assert f"{photos / 'iphone.HEIC'} is not readable" in done.stderr
     assert "1 not a regular file" in done.stderr and "Traceback" not in done.stderr
@@ -129,23 +127,23 @@ def test_predict_labels_new_images(tiny, data, tmp_path):
     (tmp_path / "empty").mkdir()
     for wrong, says in (([tmp_path / "empty"], "no images"), ([photos / "pipe.jpg"], "pipe"),
                         ([photos, "--resume", tiny / "converted.pth"], "best_checkpoint.pth")):
-        assert says in error_of(python("predict.py", "--resume", path, *wrong))
+        assert says in error_of(without_deit("predict.py", "--resume", path, *wrong))
 
 
 @pytest.mark.skipif(not TIMM_LOADS_FOLDERS, reason="timm before 1.0.16")
 def test_an_export_replaces_nothing_but_an_export(tiny, tmp_path):
     flags, out = ["--resume", tiny / "best_checkpoint.pth", "--output"], tmp_path / "new" / "out"
-    line = error_of(python("export.py", *flags, out, before=fill_the_disk), status=1)
+    line = error_of(without_deit("export.py", *flags, out, before=fill_the_disk), status=1)
     assert "model.safetensors" in line and not (tmp_path / "new").exists()
     for _ in range(2):
-        assert python("export.py", *flags, out).returncode == 0
+        assert without_deit("export.py", *flags, out).returncode == 0
     assert {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()} == dict.fromkeys(
         ("config.json", "model.safetensors"), 0o666 & ~UMASK)
     (out / "config.json").write_text('{"architecture": "resnet50"}')
     before = (out / "model.safetensors").read_bytes()
-    assert "not belong to an export" in error_of(python("export.py", *flags, out))
+    assert "not belong to an export" in error_of(without_deit("export.py", *flags, out))
     (out / "config.json").unlink()
-    assert "not belong to an export" in error_of(python("export.py", *flags, out))
+    assert "not belong to an export" in error_of(without_deit("export.py", *flags, out))
     assert (out / "model.safetensors").read_bytes() == before and len(list(out.iterdir())) == 1
 
 
@@ -164,11 +162,11 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
     with torch.no_grad():
         image = transform(white.convert("RGB"))
         expected = vit_of(state, 192, heads=12)(image[None]).softmax(dim=1)[0]
-    rows = rows_of(python("predict.py", "--resume", path, photo, "--top", "3").stdout)
+    rows = rows_of(without_deit("predict.py", "--resume", path, photo, "--top", "3").stdout)
     probabilities = [float(row["probability"]) for row in rows]
     assert probabilities == pytest.approx(sorted(expected.tolist(), reverse=True), abs=2e-6)
     assert rows[0]["predicted"] == "abc"[expected.argmax()]
-    done = python("export.py", "--resume", path, "--output", out)
+    done = without_deit("export.py", "--resume", path, "--output", out)
     if not TIMM_LOADS_FOLDERS:
         assert "timm>=1.0.16" in error_of(done)
         return
@@ -178,36 +176,6 @@ def test_a_vit_small_on_a_transparent_photo(tmp_path):
     image = timm.data.create_transform(**config)(white.convert("RGB"))
     with torch.no_grad():
         assert torch.allclose(exported(image[None]).softmax(dim=1)[0], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("share, held_out", [(0.2, 7), (0.22, 14), (0.01, 7), (0.99, 42)])
-def test_hold_out_takes_a_share_of_each_class(share, held_out):
-    images = Namespace(targets=[number % 7 for number in range(49)], classes=list("abcdefg"),
-                       samples=list(range(49)), transform="augment")
-    kept, out = run_data.split(images, share, "evaluate")
-    again, _ = run_data.split(images, share, "evaluate")
-    assert kept.indices == again.indices
-    assert sorted(kept.indices + out.indices) == list(range(49)) and len(out.indices) == held_out
-    for part in (kept, out):
-        assert part.samples == part.indices
-        assert part.targets == [index % 7 for index in part.indices]
-        assert numpy.ptp(numpy.bincount(part.targets)) == 0 and set(part.targets) == set(range(7))
-    kept.transform = "other"  # as DeiT HEAD does
-    assert out.transform == "evaluate"
-
-
-def test_hold_out_needs_two_images_of_a_class():
-    with pytest.raises(UserError, match="class h has only one"):
-        run_data.split(Namespace(targets=[0, 0, 1], classes=["g", "h"], samples=[]), 0.2, None)
-
-
-def test_hold_out_of_many_classes_takes_no_time():
-    """To read all labels for each class took a minute with 4000 classes and 200,000 images."""
-    images = Namespace(targets=[*range(2000)] * 50, classes=[*range(2000)],
-                       samples=[*range(100000)], transform=None)
-    began = time.process_time()
-    run_data.split(images, 0.2, None)
-    assert time.process_time() - began < 4
 
 
 def test_a_held_out_run_never_looks_at_test_images(data, flags, refusal, tmp_path):
