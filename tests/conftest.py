@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -42,7 +43,6 @@ from deit_plugin import deit, errors  # noqa: E402
 
 # The miniature has the faults of all three commits, in turn; a real checkout has its own.
 ERAS = [None] if REAL_DEIT else os.environ.get("MINI_DEIT_ERA", "2020 2021 head").split()
-IS_HEAD = (DEIT / "augment.py").exists()
 TRAIN_IMAGES = {"cifar10": 50, "cifar100": 50, "flowers": 49, "pets": 49}
 
 
@@ -50,6 +50,11 @@ def cells(*fast, recipes=tuple(TRAIN_IMAGES)):
     """Parameters: each recipe in each DeiT. If there are many, all but the ``fast`` are slow."""
     return [pytest.param(recipe, era, marks=[] if len(ERAS) == 1 or (recipe, era) in fast
                          else pytest.mark.slow) for era in ERAS for recipe in recipes]
+
+
+def version_of(module):
+    """Such as (1, 0, 31)."""
+    return tuple(map(int, re.findall(r"\d+", module.__version__)[:3]))
 
 
 def pytest_addoption(parser):
@@ -110,12 +115,17 @@ def decide():
 
     A forked process decides, since to import DeiT patches timm and Pillow. The model stays there.
     """
-    def decide(recipe, *flags, small=True, **variables):
+    def ask(recipe, *flags, small=True, **variables):
         words = run_by_shell(command(recipe, *flags, small=small)).stdout.splitlines()[1:]
-        with FORK.Pool(1) as pool:
-            return pool.apply(_decide, (words, environment(**variables)))
+        return forked(_decide, words, environment(**variables))
 
-    return decide
+    return ask
+
+
+def forked(function, *arguments):
+    """Its result. Once autograd has run in a process, torch 1.7 forks no launch from there."""
+    with FORK.Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def _decide(words, variables):

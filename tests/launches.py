@@ -241,5 +241,9 @@ def fill_the_disk():
     os.fsync = lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
 
 
+def print_to_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 def kill_itself():
     os.kill(os.getpid(), signal.SIGKILL)

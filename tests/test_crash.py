@@ -27,6 +27,7 @@ from launches import (
     fork,
     kill_itself,
     limit_file_size,
+    print_to_a_full_disk,
     run_code,
 )
 from underway import (
@@ -180,6 +181,7 @@ def test_a_finished_run_is_kept_unless_it_is_to_be_overwritten(run, flags, refus
 @pytest.mark.parametrize("fails, says", [
     (limit_file_size, "too large: '.*checkpoint.pth'"),
     (fill_the_disk, "disk full: .* make room"),
+    (print_to_a_full_disk, "disk full: standard output"),
 ])
 def test_a_full_disk_keeps_the_last_whole_checkpoint(fails, says, flags, tmp_path):
     run, flags = tmp_path / "run", [*flags, "--epochs", "3"]

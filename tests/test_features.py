@@ -15,7 +15,7 @@ import convert_to_deit
 import datasets
 import generate
 import published
-from conftest import ERAS, error_of, log_of, saved, train, vit_of
+from conftest import ERAS, error_of, forked, log_of, saved, train, version_of, vit_of
 from deit_plugin.data import load
 from deit_plugin.errors import UserError
 from features import (
@@ -26,9 +26,7 @@ from features import (
     nearest_neighbours,
     validation_of,
 )
-from launches import FORK, MODEL, SCRIPTS, WIDTH, environment, fork, fork_script
-
-HAS_LAYER_DECAY = int(timm.__version__.split(".")[0]) > 0 or int(timm.__version__.split(".")[1]) > 5
+from launches import MODEL, SCRIPTS, WIDTH, environment, fork, fork_script
 
 
 def unordered(images):
@@ -36,12 +34,6 @@ def unordered(images):
     rng = numpy.random.RandomState(images)
     return Split(torch.tensor(rng.randn(images, 8)).float(),
                  torch.tensor(rng.randint(0, 5, images)), [])
-
-
-def forked(function, *arguments):
-    """Its result. Once autograd has run in a process, torch 1.7 forks no launch from there."""
-    with FORK.Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def fitted(split, decay):
@@ -194,7 +186,7 @@ def test_a_pre_training_head_is_never_kept(tmp_path):
 def test_layer_decay_acts_or_is_refused(era, flags, tmp_path):
     done = fork("pets", *flags, "--layer-decay", "0.5", "--lr", "0.64", "--warmup-epochs", "0",
                 "--epochs", "1", era=era)
-    if not HAS_LAYER_DECAY:
+    if version_of(timm) < (0, 6):
         assert "timm>=0.6" in error_of(done)
     elif "wrapped model" in done.stderr:
         assert era in (None, "2020") and "--layer-decay 0.5" in error_of(done)

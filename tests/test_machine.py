@@ -9,9 +9,17 @@ from unittest import mock
 import pytest
 
 import generate
-from conftest import error_of, log_of, train
+from conftest import error_of, train
 from deit_plugin import launcher
-from launches import ROOT, SCRIPTS, after_saving, environment, fork, fork_script, run_code
+from launches import (
+    ROOT,
+    SCRIPTS,
+    environment,
+    fork,
+    fork_script,
+    print_to_a_full_disk,
+    run_code,
+)
 
 
 def start_processes_anew():
@@ -50,10 +58,6 @@ def test_a_file_system_without_locks_and_fsync(flags, tmp_path):
     assert "nothing left" in train("pets", *flags).stdout
 
 
-def print_to_a_full_disk():
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-
 def test_what_cannot_be_printed_is_an_error(data, flags, finished, tmp_path):
     """Of every command, also where argparse hides it."""
     generate.moco_checkpoint(tmp_path / "moco.pth", width=64, depth=2)
@@ -69,12 +73,6 @@ def test_what_cannot_be_printed_is_an_error(data, flags, finished, tmp_path):
     *others, converted = [error_of(done, status=1) for done in ended]
     assert all("disk full: standard output" in line for line in others)
     assert "c was written: No space left" in converted
-
-
-def test_an_epoch_that_cannot_be_printed_is_saved(flags, tmp_path):
-    line = error_of(fork("pets", *flags, before=after_saving(print_to_a_full_disk)), status=1)
-    assert "disk full: standard output" in line and len(log_of(tmp_path / "run")) == 1
-    assert "epoch 2 of 2 comes next" in train("pets", *flags).stdout
 
 
 def test_where_nobody_reads_any_more_a_run_goes_on():

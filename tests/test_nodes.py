@@ -15,7 +15,7 @@ import pytest
 
 from conftest import copy_bundle, copy_deit, error_of, log_of, results_of, train
 from deit_plugin import provenance
-from launches import ROOT, command, environment, fork, free_port, kill_itself, start_fork
+from launches import ROOT, command, environment, fork, free_port, start_fork
 from underway import end_of, meanwhile, wait_for, wait_for_epochs
 
 
@@ -43,8 +43,6 @@ def test_a_node_that_waits_for_another_can_be_interrupted(flags):
             wait_for(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
-        kill_itself()
 
     port = free_port()
     done = fork("pets", *flags, NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",

@@ -1,4 +1,4 @@
-"""What follows training: evaluation, predictions, labels for new images, an export; a held-out run."""
+"""What follows training: evaluation, predictions, labels of new images, exports; held-out runs."""
 import csv
 import json
 import os
@@ -14,14 +14,14 @@ from PIL import Image
 
 import generate
 import published
-from conftest import error_of, log_of, saved, train, vit_of
+from conftest import error_of, log_of, saved, train, version_of, vit_of
 from deit_plugin import evaluation
 from deit_plugin.errors import UserError
 from launches import SCRIPTS, environment, fill_the_disk, fork_script
 
 UMASK = os.umask(0)
 os.umask(UMASK)
-TIMM_LOADS_FOLDERS = hasattr(getattr(timm.models, "_hub", None), "load_model_config_from_path")
+TIMM_LOADS_FOLDERS = version_of(timm) >= (1, 0, 16)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 """Each patch is needed where its docstring says, and only there; and what else stacks can break."""
-import re
 import subprocess
 import sys
 
@@ -7,12 +6,11 @@ import PIL
 import pytest
 import timm
 
-from conftest import IS_HEAD
-from launches import ROOT, SCRIPTS, environment, fork, fork_script
+from conftest import version_of
+from launches import DEIT, ROOT, SCRIPTS, environment, fork, fork_script
 
-TIMM, PILLOW = (tuple(map(int, re.findall(r"\d+", module.__version__)[:3]))
-                for module in (timm, PIL))
-
+TIMM, PILLOW = map(version_of, (timm, PIL))
+IS_HEAD = (DEIT / "augment.py").exists()
 # Patch: whether this stack needs it, and what the output without it shows, of the place that fails.
 PATCHES = [
     ("restore_pil_interp", TIMM >= (0, 5, 4) and IS_HEAD, "_pil_interp"),
