@@ -79,6 +79,12 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def own(data, tmp_path):
+    """Somebody's own images, for --data-set folder, to be changed."""
+    return Path(shutil.copytree(data / "folder", tmp_path / "own"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A converted checkpoint that fits MODEL."""

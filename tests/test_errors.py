@@ -173,10 +173,9 @@ def test_a_bug_in_every_process_shows_one_traceback(flags, tmp_path):
     assert done.stderr.endswith("RuntimeError: a bug\n")
 
 
-def test_check_of_own_images_names_what_makes_numbers_wrong(data, flags, tmp_path):
+def test_check_of_own_images_names_what_makes_numbers_wrong(own, flags, tmp_path):
     """First of good images, with MoCo v3's ViT-Small, saved by torch.compile, and no GPU yet."""
-    own, small = shutil.copytree(data / "folder", tmp_path / "own"), tmp_path / "small.pth"
-    state = generate.encoder_state(384, 12)
+    small, state = tmp_path / "small.pth", generate.encoder_state(384, 12)
     torch.save({"model": {f"_orig_mod.{name}": state[name] for name in state}}, small)
     flags = [*flags, "--data-set", "folder", "--data-path", own, "--num_workers", "1", "--check"]
     good = train("pets", *flags, "--resume", small, "--model", "moco_v3_vit_small_patch16_224",

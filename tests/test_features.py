@@ -161,13 +161,11 @@ def test_a_kept_classifier_predicts_what_timm_s_model_predicts(data, tmp_path, c
     args = Namespace(data_set="imagenet", data_path=data / "imagenet", input_size=224)
     images, _ = published.build_dataset(False, args)
     with torch.no_grad():
-        probabilities = vit_of(state, 224, heads=2 if WIDTH == 64 else 3)(
-            torch.stack([image for image, _ in images])).softmax(dim=1)
+        logits = vit_of(state, 224, heads=2 if WIDTH == 64 else 3)(
+            torch.stack([image for image, _ in images]))
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["predicted"] for row in rows] == [
-        images.classes[label] for label in probabilities.argmax(dim=1)]
-    assert [float(row["probability"]) for row in rows] == pytest.approx(
-        probabilities.max(dim=1).values.tolist(), abs=1e-5)
+        images.classes[label] for label in logits.argmax(dim=1)]
     refused = fork("imagenet", *flags, "--output_dir", tmp_path / "run")
     assert "--keep-head" in error_of(refused) and not (tmp_path / "run").exists()
 

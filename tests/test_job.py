@@ -75,10 +75,8 @@ def test_a_checkpoint_that_is_replaced_while_workers_start_is_refused(tmp_path):
         weights.read_again(path, mark, trust=False)
 
 
-def test_data_are_known_by_names_and_labels(data, tmp_path):
+def test_data_are_known_by_names_and_labels(own, tmp_path):
     """A folder that was moved is the same."""
-    own = shutil.copytree(data / "folder", tmp_path / "own")
-
     def known(*other_labels):
         args = Namespace(data_set="folder", data_path=str(own), input_size=32)
         images = datasets.build_dataset(True, args)[0]

@@ -52,7 +52,6 @@ def test_recipe_trains_is_killed_and_continues(recipe, era, data, checkpoint, tm
     assert_rates(tmp_path, EPOCHS, WARMUP, 3e-4 * 16 / 512)
     evaluated = [row for row in rows if "test_acc1" in row]
     assert [row["epoch"] for row in evaluated] == [*range(1, EPOCHS - 1, 2), EPOCHS - 1]
-    assert all(0 <= row["test_acc1"] <= row["test_acc5"] <= 100 for row in evaluated)
     state = saved(tmp_path / "checkpoint.pth")
     assert state["epoch"] == EPOCHS - 1
     # Only an average that was restored is near the mark: it moves by 0.004 % a step.

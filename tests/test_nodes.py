@@ -141,7 +141,8 @@ def test_slurm_job_runs_the_recipe_on_every_node(slurm):
 ])
 def test_slurm_job_requeues_itself_before_the_time_limit(array, arguments, requeued, slurm,
                                                          tmp_path):
-    """The last task of an array has the id of the whole array."""
+    """The last task of an array has the id of the whole array. A job that such a task has submitted
+    inherits its variables, but belongs to no array."""
     variables = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "2"}
     job = slurm("pets", *arguments, **(variables if array != "none" else {}),
                 ARRAY="ArrayJobId=123456 ArrayTaskId=2 " if array == "own" else "")

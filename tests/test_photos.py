@@ -6,7 +6,6 @@ import struct
 import subprocess
 import unicodedata
 from argparse import Namespace
-from pathlib import Path
 
 import numpy
 import pytest
@@ -20,11 +19,6 @@ from deit_plugin.data import Data
 from launches import run_code
 
 RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
-
-
-@pytest.fixture
-def own(data, tmp_path):
-    return Path(shutil.copytree(data / "folder", tmp_path / "own"))
 
 
 def images_of(root, is_train=True):

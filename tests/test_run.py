@@ -96,8 +96,7 @@ def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(run, flags, refus
             (["--epochs", "2"], "pass more --epochs"),
             (["--weight-decay", "0.3"], "--weight-decay 0.3 (there: 0.1)"),
             (["--resume", plain, "--weight-decay", "0.3"], "--weight-decay 0.3 (there: 0.1)"),
-            (["--no-model-ema"], "--model-ema False (there: True)"),
-            (["--hold-out", "0.2"], "--hold-out 0.2 (there: 0.0)")):
+            (["--no-model-ema"], "--model-ema False (there: True)")):
         assert says in refusal("pets", *flags, *words)
     state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
     torch.save(state, regrouped)
@@ -108,9 +107,8 @@ def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(run, flags, refus
     assert "move it" in refusal("pets", *flags)
 
 
-def test_own_images_train_and_evaluate(data, flags, decide, refusal, tmp_path):
+def test_own_images_train_and_evaluate(own, flags, decide, refusal, tmp_path):
     """On val/, or valid/; on test/ if it is asked for or alone. test_accumulation.py continues."""
-    own = shutil.copytree(data / "folder", tmp_path / "own")
     (own / "val").rename(own / "valid")
     shutil.copytree(own / "valid", own / "test")
     next((own / "test" / "ant").iterdir()).unlink()
