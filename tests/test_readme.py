@@ -116,13 +116,14 @@ def test_a_recipe_has_the_flags_of_the_table(recipe):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_dry_run_prints_torch_s_command_and_every_flag_and_writes_nothing(flags, tmp_path):
+def test_dry_run_prints_torch_s_command_and_every_flag_and_writes_nothing(checkpoint, flags,
+                                                                              tmp_path):
     odd = tmp_path / "a b'c"
     shown = train("pets", *flags, "--no-model-ema", "--output_dir", odd, "--dry-run",
                   processes=2).stdout
     torch_runs, main_gets = (shlex.split(line) for line in shown.splitlines()[1::2])
     assert "--nproc_per_node 2" in " ".join(torch_runs) and torch_runs[-2].endswith("worker.py")
     args = PARSER.parse_args(main_gets[1:])
-    assert (args.output_dir, args.resume) == (str(odd), str(flags[1]))
+    assert (args.output_dir, args.resume) == (str(odd), str(checkpoint))
     assert (args.model_ema, args.repeated_aug, args.lr) == (False, False, 3e-4)
     assert not odd.exists()

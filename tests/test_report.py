@@ -191,10 +191,10 @@ def test_one_picture_of_all_runs(tmp_path):
     assert "here.no_such_format" in line
 
 
-PREDICTIONS = ("image,label,predicted,probability,label_probability\n" +
-               "".join(f"{number}.jpg,{label},{predicted},0.5,0.5\n" for number, (label, predicted)
-                       in enumerate([("None", "001")] * 2 + [("None", "NA"), ("None", "None")]
-                                    + [("001", "001")] * 4 + [('"é, $x$"', "NA")])))
+LABELS_AND_PREDICTED = [("None", "001"), ("None", "001"), ("None", "NA"), ("None", "None"),
+                        *[("001", "001")] * 4, ('"é, $x$"', "NA")]
+PREDICTIONS = "image,label,predicted,probability,label_probability\n" + "".join(
+    f"a.jpg,{label},{predicted},0.5,0.5\n" for label, predicted in LABELS_AND_PREDICTED)
 
 
 def test_every_class_and_what_it_is_taken_for(tmp_path):

@@ -84,7 +84,8 @@ def test_verbose_brings_deit_s_lines_and_a_long_epoch_its_batches(flags):
         assert words in said
 
 
-def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(run, flags, refusal, tmp_path):
+def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(run, checkpoint, flags, refusal,
+                                                              tmp_path):
     """As with DeiT: --resume names a run's checkpoint, --output_dir another folder."""
     own, plain, regrouped, other = run / "checkpoint.pth", *(
         tmp_path / name for name in ("deit.pth", "other_commit.pth", "other"))
@@ -103,7 +104,7 @@ def test_what_a_run_that_goes_on_elsewhere_must_have_in_common(run, flags, refus
     assert "another DeiT commit" in error_of(fork("pets", *flags, "--resume", regrouped))
     assert not other.exists()
     other.mkdir()
-    shutil.copy(flags[1], other / "checkpoint.pth")
+    shutil.copy(checkpoint, other / "checkpoint.pth")
     assert "move it" in refusal("pets", *flags)
 
 

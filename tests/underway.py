@@ -14,7 +14,7 @@ from launches import SCRIPTS, command, environment
 def running(recipe, *flags, scripts=SCRIPTS, **variables):
     """A launch that is under way; ended with all its processes when the block is left."""
     words = command(recipe, *flags, scripts=scripts)
-    output = words[len(words) - words[::-1].index("--output_dir")]
+    output = words[len(words) - words[::-1].index("--output_dir")]  # the last one counts
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=environment(**variables, LAUNCHED_INTO=output))
     try:
@@ -50,7 +50,10 @@ def wait_for_epochs(folder, epochs=1, seconds=120):
 
 
 def processes_of(folder):
-    """Process ids of launches into or below ``folder``: of workers, and of their data workers."""
+    """Process ids of launches into or below ``folder``: of workers, and of their data workers.
+
+    ``running`` marks them with LAUNCHED_INTO; who forks a launch passes it.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
