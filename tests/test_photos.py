@@ -12,9 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 import datasets
-import generate
 from conftest import saved, train
-from deit_plugin import evaluation, job, narrator, weights
+from deit_plugin import evaluation, job, narrator
 from deit_plugin.data import Data
 from launches import run_code
 
@@ -151,16 +150,6 @@ def test_odd_names_are_written_in_one_way_that_reads_back(tmp_path):
     assert {row["predicted"] for row in rows} == {"a,b"}
     code = f"from deit_plugin import errors; errors.guard(lambda: print({names[0]!r}))"
     assert run_code(code, stdout=subprocess.PIPE).stdout == "n\\udcff.png\n"
-
-
-def test_a_model_of_prepared_images_sees_photos_upright(tmp_path):
-    """As from a phone, by predict.py and README's example, with a model of Pets."""
-    generate.finished_model(tmp_path / "a.pth", "ab", 32, data_set="pets")
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGBA", (4, 2)).save(str(tmp_path / "a.png"), exif=exif)
-    image = weights.finished(str(tmp_path / "a.pth")).loader(str(tmp_path / "a.png"))
-    assert image.size == (2, 4) and image.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_training_on_all_photos(own, flags, decide, refusal, tmp_path):
