@@ -48,6 +48,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def start(photos, checkpoint, tmp_path):
+    """start(name, ...): a launch into tmp_path / name, each rank of which makes the ``changes``."""
     def start(name, *flags, changes=(), **variables):
         site = tmp_path / f"{name}-site".replace("/", "-")
         site.mkdir(exist_ok=True)
@@ -64,6 +65,7 @@ def start(photos, checkpoint, tmp_path):
 
 @pytest.fixture
 def run(start):
+    """run(name, ...): the same to its end, and whether it ``fails``. This is not conftest's run."""
     def run(*flags, fails=False, **options):
         with start(*flags, **options) as launched:
             done = end_of(launched, timeout=900)
