@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 import generate
 import published
-from conftest import error_of, log_of, saved, train, version_of, vit_of
+from conftest import error_of, log_of, rewrite, saved, train, version_of, vit_of
 from deit_plugin import evaluation
 from deit_plugin.errors import UserError
 from launches import SCRIPTS, environment, fill_the_disk, fork_script
@@ -84,6 +84,15 @@ def test_eval_says_and_writes_what_it_found(tiny, data, probabilities, tmp_path)
     right = [row["predicted"] == row["label"] for row in rows]
     assert stats["test_acc1"] == pytest.approx(100 * numpy.mean(right))
     assert 0 < stats["test_acc1"] < stats["test_acc5"]
+
+
+def test_eval_has_from_the_checkpoint_what_evaluation_depends_on(run, decide, data):
+    settings = {"data_set": "imagenet", "eval_crop_ratio": 0.5, "input_size": 48}
+    rewrite(run / "checkpoint.pth", lambda state: {
+        **state, "settings": {**state["settings"], **settings}})
+    args = decide("pets", "--eval", "--resume", run / "checkpoint.pth", "--data-path",
+                  data / "imagenet", small=False).args
+    assert settings.items() <= vars(args).items()
 
 
 def test_predictions_replace_nothing_but_predictions(tiny, data, refusal, tmp_path):

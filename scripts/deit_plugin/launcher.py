@@ -228,7 +228,7 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
     try:
         return import_module(module).main() or 0
     except subprocess.CalledProcessError as error:  # before torch 1.9
-        return _status_of("a process", error.returncode)
+        return _status_of("a process", error.returncode, args, machines)
     except Exception as error:
         if hasattr(error, "sigval"):  # SignalException, which torch 1.9 does not have
             if error.sigval == signal.SIGINT:
@@ -237,7 +237,7 @@ def launch(machines: Machines, folder: str, args: Namespace, saved: str) -> int:
         if not hasattr(error, "get_first_failure"):  # ChildFailedError
             raise  # such as torch's when the machines did not meet
         rank, failure = error.get_first_failure()
-        return _status_of(f"rank {rank}", failure.exitcode)
+        return _status_of(f"rank {rank}", failure.exitcode, args, machines)
 
 
 def _tell_workers(machines: Machines, folder: str, args: Namespace, saved: str) -> None:
@@ -258,10 +258,13 @@ def _announce_the_wait(machines: Machines, minutes: int) -> None:
           f"{machines.address}:{machines.port}, at most {minutes} minutes", flush=True)
 
 
-def _status_of(who: str, status: int) -> int:
+def _status_of(who: str, status: int, args: Namespace, machines: Machines) -> int:
     """The exit status after a process failed; says so if the process was killed, and could not."""
     if status >= 0:
         return status
+    if status == -signal.SIGINT:  # Ctrl-C, which has reached that process before this one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupted(args, machines)
     # NCCL's watchdog aborts a process that waited for another in vain.
     hint = {signal.SIGKILL: ": out of memory?",
             signal.SIGABRT: ": has another machine or process stopped?"}.get(-status, "")
