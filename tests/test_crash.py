@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import error_of, log_of, rates_of, saved, train
-from deit_plugin import launcher
+from conftest import error_of, forked, log_of, rates_of, saved, train
+from deit_plugin import errors, launcher
 from launches import (
     FORK,
     PAIR,
@@ -57,6 +58,18 @@ def test_ending_a_launch_by_ctrl_c_ends_every_process_and_says_what_is_saved(fla
     wait_for(lambda: not processes_of(tmp_path), seconds=20)
     said = "interrupted: .* epochs? of 500 are saved in .*; the same command continues\n"
     assert done.returncode == 130 and re.fullmatch(said, done.stderr), done.stderr
+
+
+def note_on_a_full_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    errors.write_status("3 epochs")
+
+
+def test_what_is_saved_stays_noted_if_a_worker_ends_while_it_notes_more(monkeypatch, tmp_path):
+    monkeypatch.setenv(errors.STATUS, str(tmp_path / "status"))
+    errors.write_status("2 epochs")
+    forked(note_on_a_full_disk)
+    assert errors.read_status() == "2 epochs"
 
 
 def test_ctrl_c_tells_not_to_overwrite_again(capsys):

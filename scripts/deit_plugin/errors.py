@@ -136,10 +136,12 @@ def _end_data_worker(error: Exception, _: Any) -> None:
 
 
 def write_status(text: str) -> None:
-    """Note how much of the run is saved, for Ctrl-C."""
+    """Note how much of the run is saved, for Ctrl-C, which may come at this very moment."""
     if STATUS in os.environ:
+        aside = Path(os.environ[STATUS] + ".new")
         with contextlib.suppress(OSError):  # the launcher and its folder are gone
-            Path(os.environ[STATUS]).write_text(text, errors="surrogateescape")
+            aside.write_text(text, errors="surrogateescape")
+            aside.replace(os.environ[STATUS])
 
 
 def read_status() -> str:
