@@ -10,6 +10,8 @@ PATH="$(dirname -- "$PYTHON"):$PATH" shellcheck scripts/*.sh tests/*.sh tests/gp
 first=${1:-}
 if "$PYTHON" -c 'import xdist' 2> /dev/null; then  # one test on each core
     set -- -n auto --maxprocesses 4 --dist worksteal "$@"
+else
+    echo "without pytest-xdist: one test after the other" >&2
 fi
 "$PYTHON" -m pytest "$@"
 if [[ $first == --all ]]; then
