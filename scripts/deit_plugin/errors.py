@@ -170,9 +170,9 @@ def die_with_launcher() -> None:
 
 
 def _ignore_lost_connections(kind: Any, error: Any, where: Any) -> None:
-    """Show a traceback, unless a process that sends or gets images has lost the one beside it.
+    """Show a traceback, unless it only says that the process at the other end has ended.
 
-    A run's main thread also notices that, and reports it; a data worker ends with its run.
+    That of a data worker is reported by the run's main thread; a data worker ends with its run.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, where)

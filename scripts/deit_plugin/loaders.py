@@ -18,7 +18,7 @@ from .errors import begin_data_worker
 
 # Seconds. After a collective, a thread of gloo takes and frees Python's GIL; a data worker that is
 # forked at that moment inherits a GIL that nobody frees (Python before 3.12; seen once in 1000
-# launches without a pause, and once with 0.05 s beside other launches on 2 cores).
+# launches, and once more after a pause of 0.05 s, beside other launches on 2 cores).
 SETTLING = 0.2
 
 
